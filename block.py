@@ -1,0 +1,78 @@
+"""The transformer block, with and without its feed-forward network, and the dense control of the same size.
+
+    MoIE(x) = SPL_2( relu( SPL_1(x) ) )         D -> f·D -> D    Mixture of Infinite Experts
+    x = x + DynSIHA(norm(x))
+    x = x + MoIE(norm(x))                       only with the FFN; with f = 0 neither it nor its norm is built
+
+Symbols   D width, f = d_ffn / D, T tokens.
+Weights   DynSIHA 12·D², MoIE 6f·D². A standard block (nn.Linear, 4x FFN) has 4·D² + 8·D² = 12·D²: as many as the
+          block without FFN, which makes it the fair control.
+Cost      with against without the FFN: 1 + 6f / (12 + 2T/D).
+Source    MoIE is the FFN of Tiny-ONN; pre-norm: Xiong et al. 2020, arXiv:2002.04745.
+Copy      this file, dynsiha.py and spl.py.
+Run       python block.py
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dynsiha import DynSIHA, rotary
+from spl import SparseProtoLinear, bench, forward_backward
+
+
+class MoIE(nn.Module):
+    """(..., D) -> (..., D): two SPLs around a relu."""
+
+    def __init__(self, d_model, d_ffn):
+        super().__init__()
+        self.up, self.down = SparseProtoLinear(d_model, d_ffn), SparseProtoLinear(d_ffn, d_model)
+
+    def forward(self, x):
+        return self.down(F.relu(self.up(x)))
+
+
+class DenseFFN(nn.Module):
+    """(..., D) -> (..., D): the standard two-layer GELU network."""
+
+    def __init__(self, d_model, d_ffn):
+        super().__init__()
+        self.up, self.down = nn.Linear(d_model, d_ffn), nn.Linear(d_ffn, d_model)
+
+    def forward(self, x):
+        return self.down(F.gelu(self.up(x)))
+
+
+class Block(nn.Module):
+    """(B, T, D) -> (B, T, D). d_ffn = 0 leaves the FFN out; dense=True builds the control of nn.Linear layers."""
+
+    def __init__(self, d_model, n_head, d_ffn=0, dense=False, dropout=0.0):
+        super().__init__()
+        self.attn_norm = nn.RMSNorm(d_model)
+        self.attn = DynSIHA(d_model, n_head, nn.Linear if dense else SparseProtoLinear)
+        if d_ffn:
+            self.ffn_norm = nn.RMSNorm(d_model)
+            self.ffn = (DenseFFN if dense else MoIE)(d_model, d_ffn)
+        self.has_ffn, self.dropout = d_ffn > 0, dropout
+
+    def forward(self, x, rope, cache=None, mask=None):
+        x = x + F.dropout(self.attn(self.attn_norm(x), rope, cache, mask), self.dropout, self.training)
+        if self.has_ffn:
+            x = x + F.dropout(self.ffn(self.ffn_norm(x)), self.dropout, self.training)
+        return x
+
+
+if __name__ == "__main__":
+    B, D, H = 4, 256, 8
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    print(f"Block at B={B} D={D} on {device}, forward and backward: what leaving out the FFN saves")
+    print(f"{'T':>6} {'f':>3} {'weights':>9} {'without':>9} {'with':>9} {'speed-up':>9} {'formula':>8} {'dense control':>14}")
+    for T in (256, 1024):
+        rope = rotary(torch.arange(T, device=device).expand(B, T)[..., None], D // H)
+        x = torch.randn(B, T, D, device=device, requires_grad=True)
+        blocks = {f: Block(D, H, f * D).to(device) for f in (0, 1, 2, 4)} | {"dense": Block(D, H, 4 * D, dense=True).to(device)}
+        t = bench({f: forward_backward(lambda x, b=b: b(x, rope), x) for f, b in blocks.items()}, repeats=7)
+        for f in (1, 2, 4):
+            print(f"{T:6} {f:3} {12 + 6 * f:6}·D² {1000 * t[0]:6.1f} ms {1000 * t[f]:6.1f} ms {t[f] / t[0]:8.2f}x "
+                  f"{1 + 6 * f / (12 + 2 * T / D):7.2f}x {1000 * t['dense']:11.1f} ms")
+        assert blocks[0](x, rope).shape == x.shape

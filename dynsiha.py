@@ -1,0 +1,96 @@
+"""DynSIHA (Dynamic Sparse Infinite-Head Attention): causal self-attention whose Q, K, V and O are SPLs.
+
+    q, k, v = SPL_q(x), SPL_k(x), SPL_v(x)                      each (B, H, T, h)
+    y       = softmax(rot(q) rot(k)ᵀ / √h + causal mask) v      horizontal attention: token -> tokens
+    out     = SPL_o(y)
+
+It attends twice. Inside each SPL, vertically: x is the query, the rows of W_p are the keys and the rows of W_mu the
+values. Then horizontally, token to tokens. Read as a Bayesian update: (W_p, W_mu) is the prior, the sparse q, k, v
+the likelihood, the output the posterior.
+
+Symbols   B batch, T tokens, S cached tokens, D width, H heads, h = D/H head width, A position axes.
+Cost      4 SPLs: 12·D² multiply-adds per token, plus 2·T·D for the attention itself.
+Source    DynSIHA is the attention of Tiny-ONN; rotary positions: Su et al. 2021, arXiv:2104.09864.
+Copy      this file and spl.py.
+Run       python dynsiha.py
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from spl import SparseProtoLinear, bench, forward_backward
+
+
+def rotary(pos, h, base=100.0):
+    """Angles' (cos, sin), each (B, 1, T, h/2), of positions pos (B, T, A): the channel pairs are dealt to the A axes in turn.
+
+    The base is 100 and not the usual 10000, since a grid's coordinates end at 30.
+    """
+    A, pair = pos.shape[-1], torch.arange(h // 2, device=pos.device)
+    frequency = base ** -(pair // A * A * 2 / h)
+    angle = pos[..., pair % A] * frequency                           # (B, T, h/2)
+    return angle.cos().unsqueeze(1), angle.sin().unsqueeze(1)
+
+
+def rotate(x, cos, sin):
+    """Turns each channel pair of x (B, H, T, h) by its token's angle; q·k then depends on position differences alone."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
+
+
+class KVCache:
+    """The keys and values of one layer, preallocated for S_max tokens; `append` fills the next columns."""
+
+    def __init__(self, B, H, S_max, h, device=None, dtype=None):
+        self.k = torch.zeros(B, H, S_max, h, device=device, dtype=dtype)
+        self.v = torch.zeros_like(self.k)
+        self.length = 0
+
+    def append(self, k, v):
+        """k, v (B, H, T, h) of the next T columns -> all keys and values so far, each (B, H, S, h)."""
+        start, self.length = self.length, self.length + k.shape[2]
+        self.k[:, :, start:self.length], self.v[:, :, start:self.length] = k, v
+        return self.k[:, :, :self.length], self.v[:, :, :self.length]
+
+
+class DynSIHA(nn.Module):
+    """(B, T, D) -> (B, T, D). `linear=nn.Linear` turns it into standard attention, for the dense control."""
+
+    def __init__(self, d_model, n_head, linear=SparseProtoLinear):
+        super().__init__()
+        if d_model % n_head or d_model // n_head % 2:
+            raise ValueError(f"d_model {d_model} must be n_head {n_head} times an even head width")
+        self.n_head = n_head
+        self.q, self.k, self.v, self.o = (linear(d_model, d_model) for _ in range(4))
+
+    def forward(self, x, rope, cache=None, mask=None):
+        """rope: (cos, sin) of `rotary`. mask (B, 1, T, S): the columns each token may read; None means causal."""
+        B, T, D = x.shape
+        q, k, v = (f(x).view(B, T, self.n_head, -1).transpose(1, 2) for f in (self.q, self.k, self.v))  # (B, H, T, h)
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        if cache is not None:
+            k, v = cache.append(k, v)                                                                   # (B, H, S, h)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)             # (B, H, T, h)
+        return self.o(y.transpose(1, 2).reshape(B, T, D))
+
+
+if __name__ == "__main__":
+    B, T, D, H = 4, 256, 256, 8
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x = torch.randn(B, T, D, device=device, requires_grad=True)
+    pos = torch.arange(T, device=device).expand(B, T)[..., None]
+    rope = rotary(pos, D // H)
+    sparse, dense = DynSIHA(D, H).to(device), DynSIHA(D, H, nn.Linear).to(device)
+    t = bench({name: forward_backward(lambda x, f=f: f(x, rope), x) for name, f in {"sparse": sparse, "dense": dense}.items()})
+    print(f"Attention at B={B} T={T} D={D} H={H} on {device}, forward and backward")
+    for name, linear, weights in (("dense", "nn.Linear", 4), ("sparse", "SPL", 12)):
+        print(f"  {linear:10} {weights:3}·D² weights {1000 * t[name]:8.2f} ms  {t[name] / t['dense']:5.2f}x")
+    print("The first attention, token -> prototypes: share of neurons that fire, at initialization")
+    for name in "qkv":
+        print(f"  {name}: {(getattr(sparse, name).route(x)[1] > 0).float().mean():.0%}")
+    cache, y = KVCache(B, H, T, D // H, device), sparse(x, rope)
+    steps = [sparse(x[:, i:i + 1], [r[:, :, i:i + 1] for r in rope], cache, torch.ones(B, 1, 1, i + 1, dtype=torch.bool, device=device))
+             for i in range(8)]
+    print(f"Token by token through the cache, the largest difference is {(torch.cat(steps, 1) - y[:, :8]).abs().max():.1e}")
+    assert y.shape == (B, T, D)

@@ -1,0 +1,143 @@
+"""The transformer: embeddings, L blocks, a norm and a head; its size, its FLOPs, and cached greedy generation.
+
+    x      = token embedding + task embedding + view embedding        (B, T, D)
+    x      = block_l(x), l = 1..L                                     positions enter as rotary angles in each block
+    logits = head(norm(x))                                            (B, T, n_vocab)
+
+Symbols   B batch, T tokens, S columns of the cache, D width, H heads, h = D/H, L layers, f FFN factor, A position axes.
+Copy      this file, block.py, dynsiha.py and spl.py.
+Run       python model.py
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from block import Block
+from dynsiha import KVCache, rotary
+from spl import bench
+
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "4090": 165e12, "5090": 210e12}  # dense bf16, data sheets
+
+
+@dataclass
+class Config:
+    n_vocab: int = 14       # tokens
+    n_task: int = 1         # task embeddings
+    n_view: int = 8         # view embeddings
+    d_model: int = 128      # D
+    n_head: int = 4         # H
+    n_layer: int = 4        # L
+    ffn_factor: int = 1     # f of MoIE; 0 leaves the FFN out
+    dense: bool = False     # nn.Linear attention and a 4x GELU FFN: the control of 12·D² weights per block
+    dropout: float = 0.0    # share of a branch's output, in training
+
+
+class Transformer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        d_ffn = 4 * c.d_model if c.dense else c.ffn_factor * c.d_model
+        self.token = nn.Embedding(c.n_vocab, c.d_model)
+        self.task = nn.Embedding(c.n_task, c.d_model)
+        self.view = nn.Embedding(c.n_view, c.d_model)
+        self.blocks = nn.ModuleList(Block(c.d_model, c.n_head, d_ffn, c.dense, c.dropout) for _ in range(c.n_layer))
+        self.norm = nn.RMSNorm(c.d_model)
+        self.head = nn.Linear(c.d_model, c.n_vocab, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """SPL and nn.Linear initialize themselves; what the model adds is set here."""
+        for table in (self.token, self.task, self.view):
+            nn.init.normal_(table.weight, std=0.5)    # the sum of three starts near unit variance
+        nn.init.zeros_(self.head.weight)              # the first prediction is uniform
+
+    def forward(self, tokens, pos, task, view, caches=None, mask=None):
+        """tokens (B, T), pos (B, T, A), task (B,), view (B,) -> logits (B, T, n_vocab). Causal unless a mask is given."""
+        x = self.token(tokens) + (self.task(task) + self.view(view)).unsqueeze(1)     # (B, T, D)
+        rope = rotary(pos, self.config.d_model // self.config.n_head)
+        for block, cache in zip(self.blocks, caches or [None] * len(self.blocks)):
+            x = block(x, rope, cache, mask)                                           # (B, T, D)
+        return self.head(self.norm(x))                                                # (B, T, n_vocab)
+
+    def n_params(self):
+        """Parameters, embeddings apart."""
+        return sum(p.numel() for name, p in self.named_parameters() if name.split(".")[0] not in ("token", "task", "view"))
+
+    def flops_per_token(self, T):
+        """Forward FLOPs per token at length T, matrix products alone: 2 per weight, 4·T·D per layer of attention."""
+        weights = sum(p.numel() for m in (self.blocks, self.head) for p in m.parameters() if p.ndim == 2)
+        return 2 * weights + 4 * T * self.config.d_model * self.config.n_layer
+
+    def mfu(self, tokens_per_s, T):
+        """Training FLOPs (3 forwards) as a share of the GPU's bfloat16 peak; None on a CPU or an unknown GPU."""
+        if self.head.weight.device.type != "cuda":
+            return None
+        name = torch.cuda.get_device_name()
+        peak = next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
+        return peak and 3 * self.flops_per_token(T) * tokens_per_s / peak
+
+    @torch.inference_mode()
+    def generate(self, tokens, lengths, pos, task, view, max_new, end, advance):
+        """Greedy continuation of right-padded prompts, all rows at once -> (B, at most max_new) tokens, `end` after the end.
+
+        tokens (B, P), lengths (B,), pos (B, P, A); advance(token (B,), pos (B, A)) is the next token's position.
+        New tokens are cached in the columns after P for every row. Positions travel as angles, so a column means
+        nothing: the mask alone says that a row's padding, columns lengths..P, is never read.
+        """
+        B, P = tokens.shape
+        c, head = self.config, self.head.weight
+        dtype = torch.get_autocast_dtype(head.device.type) if torch.is_autocast_enabled(head.device.type) else head.dtype
+        caches = [KVCache(B, c.n_head, P + max_new, c.d_model // c.n_head, head.device, dtype) for _ in self.blocks]
+        last = (torch.arange(B, device=tokens.device), lengths - 1)
+        logits, now = self(tokens, pos, task, view, caches)[last], pos[last]          # (B, n_vocab), (B, A)
+        readable = torch.ones(B, 1, 1, P + max_new, dtype=torch.bool, device=tokens.device)
+        readable[..., :P] = (torch.arange(P, device=tokens.device) < lengths[:, None])[:, None, None]
+        token, out = tokens[last], []
+        done = torch.zeros(B, dtype=torch.bool, device=tokens.device)
+        for column in range(P, P + max_new):
+            now = advance(token, now)
+            token = logits.argmax(-1).masked_fill(done, end)                          # (B,)
+            out.append(token)
+            done = done | (token == end)
+            if done.all() or column == P + max_new - 1:
+                break
+            mask = readable[..., :column + 1]
+            logits = self(token[:, None], now[:, None], task, view, caches, mask)[:, -1]
+        return torch.stack(out, dim=1)
+
+
+if __name__ == "__main__":
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    B, T = 64, 32
+    tokens = torch.randint(14, (B, T), device=device)
+    pos = torch.arange(T, device=device).expand(B, T)[..., None]
+    zero = torch.zeros(B, dtype=torch.long, device=device)
+    print(f"A model of D=128, L=4 on {device}: a training step on {B} sequences of {T} tokens")
+    print(f"{'':10} {'parameters':>11} {'FLOPs/token':>12} {'ms':>7}")
+    models = {"no FFN": Config(ffn_factor=0), "MoIE f=1": Config(), "dense": Config(dense=True)}
+    models = {name: Transformer(config).to(device) for name, config in models.items()}
+    t = bench({name: lambda m=m: m(tokens, pos, zero, zero).logsumexp(-1).sum().backward() for name, m in models.items()}, 7)
+    for name, m in models.items():
+        print(f"{name:10} {m.n_params():11} {m.flops_per_token(T):12} {1000 * t[name]:7.1f}")
+
+    model, new = models["no FFN"].eval(), 100
+    nn.init.normal_(model.head.weight)
+
+    def cached():
+        return model.generate(tokens, zero + T, pos, zero, zero, new, end=-1, advance=lambda token, pos: pos + 1)
+
+    @torch.inference_mode()
+    def recomputed():
+        seq = tokens
+        for i in range(T, T + new):
+            p = torch.arange(i, device=device).expand(B, i)[..., None]
+            seq = torch.cat((seq, model(seq, p, zero, zero)[:, -1:].argmax(-1)), 1)
+        return seq[:, T:]
+
+    t = {name: min(bench({name: f}, 1).values()) for name, f in (("cached", cached), ("recomputed", recomputed))}
+    print(f"Decoding {new} tokens for {B} prompts: {B * new / t['cached']:.0f} tokens/s with the cache, "
+          f"{B * new / t['recomputed']:.0f} recomputing the prefix: {t['recomputed'] / t['cached']:.0f}x")
+    assert (cached() == recomputed()).float().mean() > 0.99

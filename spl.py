@@ -1,0 +1,153 @@
+"""SparseProtoLinear (SPL): a linear layer whose every output is gated by input-dependent routing.
+
+    Y_comp  = x W_muᵀ + b_mu                 computation path: what a neuron says
+    V_match = x W_pᵀ / √D_in                 prototype matching: how well x fits what the neuron looks for
+    L_gate  = x W_gᵀ                         gating cost: what it costs the neuron to fire
+    logits  = V_match − mas(L_gate)          routing logits
+    M       = mas(logits)                    routing mask, in [0, 1]
+    Y_out   = Y_comp ⊙ M
+
+    mas(z)  = relu(z / max_j |z_j|)          over the last axis; a row of zeros stays a row of zeros
+
+Symbols   x (..., D_in), Y (..., D_out); mu_weight, proto_weight, gate_weight are W_mu, W_p, W_g, each (D_out, D_in).
+Cost      3·D_in·D_out multiply-adds, of which the routing is two thirds.
+Source    SPL is the layer of Tiny-ONN; this file is written anew from the equations above.
+Copy      this file alone; it needs torch. Use it like nn.Linear.
+Run       python spl.py
+"""
+
+import math
+import shutil
+import statistics
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class _MAS(torch.autograd.Function):
+    """mas with its derivative by hand: it keeps one tensor, and no comparison of a value with its rounded maximum.
+
+    n = z / max|z|;  dL/dz_i = (g_i·[n_i > 0] − [|n_i| = 1]·n_i·Σ_k g_k relu(n_k) / ties) / max|z|
+    """
+
+    @staticmethod
+    def forward(ctx, z):
+        # A fixed guard of 1e-9 is 0 in float16, and 0/0 is NaN: take the dtype's own smallest normal number.
+        peak = z.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(z.dtype).tiny)
+        n = z / peak
+        ctx.save_for_backward(n, peak)
+        return F.relu(n)
+
+    @staticmethod
+    def backward(ctx, g):
+        n, peak = ctx.saved_tensors
+        g = g * (n > 0)
+        top = (n.abs() >= 1).to(n.dtype)
+        share = (g * n).sum(-1, keepdim=True) / top.sum(-1, keepdim=True).clamp_min(1)
+        return (g - top * n * share) / peak
+
+
+def mas_normalize(z):
+    """relu(z / max_j |z_j|) over the last axis: values in [0, 1], unchanged by any positive scale of z."""
+    return _MAS.apply(z)
+
+
+def spl_reference(x, mu_weight, mu_bias, proto_weight, gate_weight):
+    """SPL as the equations stand, one product per line. Returns (Y_out, logits, M), each (..., D_out)."""
+    Y_comp = x @ mu_weight.T + mu_bias
+    V_match = x @ proto_weight.T / math.sqrt(x.shape[-1])
+    L_gate = x @ gate_weight.T
+    logits = V_match - mas_normalize(L_gate)
+    M = mas_normalize(logits)
+    return Y_comp * M, logits, M
+
+
+class SparseProtoLinear(nn.Module):
+    """Maps (..., in_features) to (..., out_features); any leading shape, any floating dtype."""
+
+    def __init__(self, in_features, out_features):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.mu_weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.mu_bias = nn.Parameter(torch.empty(out_features))
+        self.proto_weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.gate_weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self):
+        bound = 1 / math.sqrt(self.in_features)
+        self.mu_weight.normal_(std=2 * bound)          # the mask halves the neurons and scales the rest below 1
+        self.mu_bias.zero_()
+        self.proto_weight.uniform_(-bound, bound)      # small: the learned match must outgrow the random one
+        self.gate_weight.copy_(-self.proto_weight)     # costs only where the prototype mismatches: routing starts as
+        # pure matching, yet every row has a gradient. At W_g = 0, mas sits on relu's corner and never learns.
+
+    def paths(self, x):
+        """(Y_comp, V_match, L_gate), each (..., D_out): the three products share x, so one GEMM makes them all."""
+        scale = 1 / math.sqrt(self.in_features)
+        weight = torch.cat((self.mu_weight, self.proto_weight * scale, self.gate_weight))  # (3·D_out, D_in)
+        bias = F.pad(self.mu_bias, (0, 2 * self.out_features))
+        return F.linear(x, weight, bias).split(self.out_features, dim=-1)
+
+    def route(self, x):
+        """(logits, M), each (..., D_out): the routing alone, for monitoring."""
+        _, V_match, L_gate = self.paths(x)
+        logits = V_match - mas_normalize(L_gate)
+        return logits, mas_normalize(logits)
+
+    def forward(self, x):
+        Y_comp, V_match, L_gate = self.paths(x)
+        return Y_comp * mas_normalize(V_match - mas_normalize(L_gate))
+
+    def extra_repr(self):
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+def bench(candidates, repeats=20):
+    """{name: function} -> {name: median seconds}: the candidates take turns, so that a noisy machine is noisy for all."""
+    times = {name: [] for name in candidates}
+    for i in range(repeats + 3):                                   # 3 rounds of warm-up
+        for name, run in candidates.items():
+            start = time.perf_counter()
+            run()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if i >= 3:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def forward_backward(layer, x):
+    """A function that runs `layer` on x and back, for `bench`."""
+    grad = torch.randn_like(layer(x))
+    return lambda: layer(x).backward(grad)
+
+
+if __name__ == "__main__":
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype, N = (torch.bfloat16, 65536) if device == "cuda" else (torch.float32, 4096)
+    compiler = device == "cuda" or shutil.which("c++")
+    print(f"What an SPL costs, forward and backward, {N} tokens, {dtype}, {device}; 1.00 is one F.linear to 3·D.")
+    print(f"{'D':>6} {'dense layer':>12} {'to 3D':>6} {'SPL':>6} {'compiled':>9} {'literal':>8} {'ms to 3D':>9} {'active':>7}")
+    for D in (128, 256, 768):
+        x = torch.randn(N, D, device=device, dtype=dtype, requires_grad=True)
+        spl, dense, triple = (f.to(device, dtype) for f in (SparseProtoLinear(D, D), nn.Linear(D, D), nn.Linear(D, 3 * D)))
+        literal = (lambda x, p=spl: spl_reference(x, p.mu_weight, p.mu_bias, p.proto_weight, p.gate_weight)[0])
+        layers = {"dense": dense, "triple": triple, "spl": spl, "literal": literal}
+        if compiler:
+            layers["compiled"] = torch.compile(spl)
+        t = bench({name: forward_backward(layer, x) for name, layer in layers.items()})
+        ratio = {name: seconds / t["triple"] for name, seconds in t.items()}
+        active = (spl.route(x)[1] > 0).float().mean()
+        print(f"{D:6} {ratio['dense']:12.2f} {1:6.2f} {ratio['spl']:6.2f} {ratio.get('compiled', math.nan):9.2f} "
+              f"{ratio['literal']:8.2f} {1000 * t['triple']:9.2f} {active:7.0%}")
+
+    print("\nOne SPL output computes XOR, which relu of a linear map cannot: W_mu = [-1, -1], b_mu = 2, W_p = [1, 1], W_g = 0.")
+    x = torch.tensor([[0., 0.], [0., 1.], [1., 0.], [1., 1.]])
+    y = spl_reference(x, torch.tensor([[-1., -1.]]), torch.tensor([2.]), torch.ones(1, 2), torch.zeros(1, 2))[0]
+    for row, value in zip(x.tolist(), y):
+        print(f"  {row} -> {value.item():g}")
+    assert y.shape == (4, 1) and y.flatten().tolist() == [0, 1, 1, 0]
