@@ -15,13 +15,18 @@ Symbols   B batch, T tokens, P pairs, V views.
 """
 
 import argparse
+import csv
+import functools
+import itertools
 import json
 import math
-import shutil
+import os
+import pickle
+import signal
 import sys
 import time
 from collections import Counter
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -113,35 +118,45 @@ def colour_permutations(free, rng):
 @dataclass
 class Task:
     train: list     # demonstration pairs (input, output) of uint8 grids
-    test: list      # input grids; their outputs are not here, only `read_solutions` returns them
+    test: list      # input grids; their outputs are not here: only `read_solutions` returns them
 
 
-def read_json(path):
+def read_object(path):
+    """The JSON object in `path`."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise DataError(f"{path}: {e.strerror}") from None
     except (ValueError, RecursionError) as e:
         raise DataError(f"{path}: not JSON: {e}") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: a {type(value).__name__}; expected an object")
+    return value
 
 
 def read_grid(value, where):
-    grid = np.array(value, dtype=object) if isinstance(value, list) else None
-    if grid is None or grid.ndim != 2 or not 1 <= grid.shape[0] <= MAX_SIDE or not 1 <= grid.shape[1] <= MAX_SIDE:
-        raise DataError(f"{where}: not a rectangular grid of 1..30 by 1..30 cells")
-    if not all(type(cell) is int and 0 <= cell <= 9 for cell in grid.flat):
-        raise DataError(f"{where}: a cell is not an integer 0..9")
-    return grid.astype(np.uint8)
+    """A JSON value -> (h, w) uint8 grid, or DataError."""
+    rows = value if isinstance(value, list) else []
+    widths = {len(row) if isinstance(row, list) else 0 for row in rows}
+    if len(widths) != 1 or not 1 <= len(rows) <= MAX_SIDE or not 1 <= max(widths) <= MAX_SIDE:
+        raise DataError(f"{where}: {len(rows)} rows of widths {sorted(widths)}; expected 1 to 30 rows of one width, 1 to 30")
+    for cell in (cell for row in rows for cell in row):
+        if type(cell) is not int or not 0 <= cell <= 9:
+            shown = type(cell).__name__ if isinstance(cell, (list, dict)) else json.dumps(cell)[:20]
+            raise DataError(f"{where}: a cell is {shown}; expected an integer from 0 to 9")
+    return np.array(rows, dtype=np.uint8)
 
 
 def read_split(folder, split):
     """{id: (file, raw task)} of one split, in the Kaggle layout (two files) or the GitHub layout (a file per task)."""
     kaggle, github = Path(folder) / f"arc-agi_{split}_challenges.json", sorted((Path(folder) / split).glob("*.json"))
     if kaggle.exists():
-        return {name: (kaggle, task) for name, task in read_json(kaggle).items()}
-    if github:
-        return {file.stem: (file, read_json(file)) for file in github}
-    raise DataError(f"{folder}: no {split} tasks; expected {kaggle.name} or {split}/*.json")
+        raw = {name: (kaggle, task) for name, task in read_object(kaggle).items()}
+    else:
+        raw = {file.stem: (file, read_object(file)) for file in github}
+    if not raw:
+        raise DataError(f"{folder}: no {split} tasks; expected {kaggle.name} or {split}/*.json")
+    return raw
 
 
 def read_tasks(folder, split):
@@ -149,23 +164,54 @@ def read_tasks(folder, split):
     tasks = {}
     for name, (file, raw) in read_split(folder, split).items():
         where = f"{file}: task {name}"
-        tasks[name] = Task(
-            [(read_grid(pair["input"], f"{where}: train {i} input"), read_grid(pair["output"], f"{where}: train {i} output"))
-             for i, pair in enumerate(raw["train"])],
-            [read_grid(pair["input"], f"{where}: test {i} input") for i, pair in enumerate(raw["test"])])
+
+        def grids(part, key):
+            pairs = raw.get(part) if isinstance(raw, dict) else None
+            if not isinstance(pairs, list) or not pairs:
+                raise DataError(f"{where}: no {part!r} pairs; expected a list of at least one")
+            for i, pair in enumerate(pairs):
+                if not isinstance(pair, dict) or key not in pair:
+                    raise DataError(f"{where}: {part} {i} has no {key!r}")
+            return [read_grid(pair[key], f"{where}: {part} {i} {key}") for i, pair in enumerate(pairs)]
+
+        tasks[name] = Task(list(zip(grids("train", "input"), grids("train", "output"))), grids("test", "input"))
     return tasks
 
 
-def read_solutions(folder, split):
-    """{id: [test output, ...]} of one split."""
-    kaggle = Path(folder) / f"arc-agi_{split}_solutions.json"
-    if kaggle.exists():
-        outputs = {name: (kaggle, grids) for name, grids in read_json(kaggle).items()}
+def read_solutions(folder, split, tasks):
+    """{id: [test output, ...]} for each of `tasks`: from the split's solutions file, or inline in its task files."""
+    file = Path(folder) / f"arc-agi_{split}_solutions.json"
+    if (Path(folder) / f"arc-agi_{split}_challenges.json").exists():
+        found = {name: (file, outputs) for name, outputs in read_object(file).items()}
     else:
-        outputs = {name: (file, [pair["output"] for pair in raw["test"]])
-                   for name, (file, raw) in read_split(folder, split).items()}
-    return {name: [read_grid(grid, f"{file}: task {name}: test {i} output") for i, grid in enumerate(grids)]
-            for name, (file, grids) in outputs.items()}
+        found = {name: (file, [pair.get("output") for pair in raw["test"]])
+                 for name, (file, raw) in read_split(folder, split).items()}
+    solutions = {}
+    for name, task in tasks.items():
+        file, outputs = found.get(name, (file, None))
+        if not isinstance(outputs, list) or len(outputs) != len(task.test):
+            count = len(outputs) if isinstance(outputs, list) else "no"
+            raise DataError(f"{file}: task {name}: {count} solutions; expected {len(task.test)}")
+        solutions[name] = [read_grid(grid, f"{file}: task {name}: test {i} output") for i, grid in enumerate(outputs)]
+    return solutions
+
+
+def without_leaks(extra, evaluation, known):
+    """The `extra` tasks that are new: neither the id, nor the demonstrations in any order, nor a test input of `evaluation`.
+
+    `known` are the ids already trained on. No evaluation output is needed to tell.
+    """
+    def key(grid):
+        return grid.shape, grid.tobytes()
+
+    def demos(task):
+        return frozenset((key(x), key(y)) for x, y in task.train)
+
+    taken = {demos(task) for task in evaluation.values()}
+    asked = {key(x) for task in evaluation.values() for x in task.test}
+    return {name: task for name, task in extra.items()
+            if name not in evaluation and name not in known and demos(task) not in taken
+            and not asked & {key(x) for x in [x for x, _ in task.train] + task.test}}
 
 
 # ---------------------------------------------------------------------------------------------- batches
@@ -202,9 +248,13 @@ class Pairs:
         return tokens[:, :-1], positions(tokens[:, :-1]), task, view, targets
 
 
+def prompt_tokens(x):
+    """Length of the longest prompt over the views: <start>, <sep>, and a <nl> for each row or column."""
+    return x.size + max(x.shape) + 2
+
+
 def pair_tokens(x, y):
-    """Length of the pair's longer sequence over the views: <start>, <sep>, <end>, and a <nl> for each row or column."""
-    return x.size + max(x.shape) + y.size + max(y.shape) + 3
+    return prompt_tokens(x) + y.size + max(y.shape) + 1
 
 
 def to_device(array, device):
@@ -236,12 +286,12 @@ def free_colours(task, permute=True):
 
 
 # ---------------------------------------------------------------------------------------------- answers and scores
-def answer(model, prompts, free, c, rng, amp, device):
+def answer(model, prompts, free, c, amp, device):
     """prompts [(task, input grid)] -> for each the list of grids decoded in 8 views x c.colour_votes colour tables.
 
     Each grid is turned and coloured back; invalid outputs are left out. The first table of each task changes nothing.
     """
-    jobs = []                                                         # (prompt, view, colour table, tokens)
+    rng, jobs = np.random.default_rng(c.seed), []                     # (prompt, view, colour table, tokens)
     for n, (task, grid) in enumerate(prompts):
         tables = colour_permutations(np.repeat(free[task][None], c.colour_votes, 0), rng)
         tables[0] = np.arange(N_VOCAB)
@@ -260,7 +310,7 @@ def answer(model, prompts, free, c, rng, amp, device):
             task, view = np.array([prompts[jobs[j][0]][0] for j in part]), np.array([jobs[j][1] for j in part])
             tokens, lengths, task, view = (to_device(a, device) for a in (tokens, lengths, task, view))
             room = min(MAX_OUTPUT, c.max_tokens - int(lengths.min()))  # from the format and the flags, never from the answer
-            with amp:
+            with amp(), torch.compiler.set_stance("force_eager"):
                 out = model.generate(tokens, lengths, positions(tokens), task, view, room, END, advance).cpu().numpy()
             for j, row in zip(part, out):
                 n, view, table, _ = jobs[j]
@@ -272,10 +322,10 @@ def answer(model, prompts, free, c, rng, amp, device):
 
 
 def vote(grids):
-    """The two most frequent of `grids` as nested lists; ties go to the grid that came first; [[0]] where none is left."""
+    """The two most frequent of `grids`, as the submission has them; ties go to the one that came first, [[0]] fills up."""
     counts = Counter(tuple(map(tuple, grid.tolist())) for grid in grids)
     best = [[list(row) for row in grid] for grid, _ in counts.most_common(2)]
-    return (best + [[[0]], [[0]]])[:2]
+    return dict(zip(("attempt_1", "attempt_2"), best + [[[0]], [[0]]]))
 
 
 def score(submission, solutions):
@@ -313,7 +363,7 @@ def evaluate(model, pairs, batch_tokens, amp):
     model.eval()
     for index in np.split(order, range(size, n, size)):
         *inputs, targets = pairs.batch(index, np.zeros_like(index), np.tile(same, (len(index), 1)))
-        with amp:
+        with amp():
             logits = model(*inputs).float()
         scored, right = targets != IGNORE, logits.argmax(-1) == targets
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
@@ -351,7 +401,9 @@ class Run:
     ffn: bool = flag(True, "the MoIE feed-forward network in each block")
     dense: bool = flag(False, "the dense control: nn.Linear attention and a 4x GELU FFN")
     data: str = flag("data/arc-agi-1", "folder of the task set, in the Kaggle or the GitHub layout")
+    extra: str = flag("", "folder of more tasks to train on; those of the evaluation split are dropped")
     out: str = flag("", "folder of this run; empty: runs/<arm>-<time>")
+    resume: str = flag("", "folder of a stopped run to go on with, under its own flags")
     heldout: bool = flag(True, "hold out the training split's test pairs; --no-heldout trains on them, for a final score")
     score: bool = flag(True, "answer and score the evaluation split at the end")
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
@@ -377,6 +429,7 @@ class Run:
     dtype: str = flag(None, "float32 or bfloat16 (autocast)")
     compile: bool = flag(None, "torch.compile the training step")
     log_every: int = flag(20, "steps between lines of the log")
+    save_minutes: float = flag(5.0, "minutes between checkpoints")
 
 
 DEFAULTS = {
@@ -388,106 +441,230 @@ DEFAULTS = {
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    """The flags as a Run, and the checkpoint to go on from or None."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     for f in fields(Run):
-        name, text = "--" + f.name.replace("_", "-"), f.metadata["help"]
-        if f.default is None:
-            text += " (default: cpu {}, cuda {})".format(*(DEFAULTS[d][f.name] for d in DEFAULTS))
+        shown = f.default if f.default is not None else "cpu {}, cuda {}".format(*(d[f.name] for d in DEFAULTS.values()))
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
-        parser.add_argument(name, default=argparse.SUPPRESS if f.default is None else f.default, help=text, **kind)
+        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
+                            help=f"{f.metadata['help']} (default: {shown})", **kind)
     given = vars(parser.parse_args(argv))
-    device = given["device"].split(":")[0]
+    if "resume" in given:
+        folder = given["resume"]
+        state = load_checkpoint(Path(folder) / "checkpoint.pt")
+        return Run(**state["config"] | {"out": folder, "resume": folder}), state
+    device = given.get("device", Run.device).split(":")[0]
     if device not in DEFAULTS or device == "cuda" and not torch.cuda.is_available():
         raise DataError(f"--device {given['device']}: not available here")
-    return Run(**DEFAULTS[device] | given)
+    c = Run(**DEFAULTS[device] | given)
+    check_flags(c)
+    arm = "dense" if c.dense else "ffn" if c.ffn else "no-ffn"
+    c.out = c.out or time.strftime(f"runs/{arm}-%Y%m%d-%H%M%S")
+    if Path(c.out).is_dir() and any(Path(c.out).iterdir()):
+        raise DataError(f"--out {c.out}: holds a run already; go on with --resume {c.out}, or name another folder")
+    return c, None
+
+
+def check_flags(c):
+    positive = ("d_model", "n_head", "n_layer", "ffn_factor", "max_tokens", "batch_tokens", "decode_tokens", "colour_votes",
+                "lr", "clip", "log_every", "save_minutes") + (() if c.steps else ("minutes",))
+    for name in positive:
+        if not 0 < getattr(c, name) < math.inf:
+            raise DataError(f"--{name.replace('_', '-')} {getattr(c, name)}: expected more than 0")
+    for name, most in (("steps", math.inf), ("muon_lr", math.inf), ("weight_decay", math.inf), ("seed", 2**63),
+                       ("warmup", 1), ("decay", 1), ("dropout", 1)):
+        if not 0 <= getattr(c, name) < most + (most == 1 and name != "dropout"):
+            raise DataError(f"--{name.replace('_', '-')} {getattr(c, name)}: expected 0 to {most}")
+    if c.d_model % (2 * c.n_head):
+        raise DataError(f"--d-model {c.d_model}: expected a multiple of twice --n-head {c.n_head}")
+    if c.dtype not in ("float32", "bfloat16"):
+        raise DataError(f"--dtype {c.dtype}: expected float32 or bfloat16")
+
+
+# ---------------------------------------------------------------------------------------------- runs
+def load_data(c, device):
+    """(names, free, pairs to train on, held-out pairs or None, evaluation tasks). No evaluation output is read here."""
+    training, evaluation = read_tasks(c.data, "training"), read_tasks(c.data, "evaluation")
+    solutions = read_solutions(c.data, "training", training)
+    extra = {}
+    for split in ("training", "evaluation") if c.extra else ():
+        new = read_tasks(c.extra, split)
+        kept = without_leaks(new, evaluation, training | extra)
+        print(f"{c.extra}: {len(kept)} of {len(new)} {split} tasks are new, {len(new) - len(kept)} dropped")
+        extra |= kept
+    tasks = training | evaluation | extra
+    demos = [(n, x, y) for n, task in enumerate(tasks.values()) for x, y in task.train]
+    tests = [(n, x, y) for n, (name, task) in enumerate(training.items()) for x, y in zip(task.test, solutions[name])]
+    demos, tests = ([pair for pair in pairs if pair_tokens(*pair[1:]) <= c.max_tokens] for pairs in (demos, tests))
+    if not demos:
+        raise DataError(f"{c.data}: no pair of at most {c.max_tokens} tokens; raise --max-tokens")
+    free = np.stack([free_colours(task, c.permute_colours) for task in tasks.values()])
+    pairs = Pairs(demos if c.heldout else demos + tests, free, device)
+    return list(tasks), free, pairs, Pairs(tests, free, device) if c.heldout and tests else None, evaluation
+
+
+def batches(pairs, c):
+    """Endless (epoch, batch); batch n follows from the seed alone, whatever the arm, and wherever a run resumes."""
+    for epoch in itertools.count():
+        for batch in plan_epoch(pairs, c.batch_tokens, np.random.default_rng((c.seed, epoch))):
+            yield epoch, batch
+
+
+def save(path, write):
+    """Atomic: `write(file)` to a temporary file, flushed to the disk, then renamed."""
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def snapshot(c, model, optimizers, step, seconds):
+    """Everything a run needs to go on as if it had not stopped."""
+    return {"config": asdict(c), "step": step, "seconds": seconds, "random": torch.get_rng_state(),
+            "model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
+
+
+def restore(state, model, optimizers):
+    try:
+        model.load_state_dict(state["model"])
+        for optimizer, saved in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved)
+        torch.set_rng_state(state["random"])
+    except (KeyError, RuntimeError, ValueError) as e:
+        raise DataError(f"the checkpoint does not fit this model and data: {str(e).splitlines()[0]}") from None
+
+
+def load_checkpoint(path):
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as e:
+        raise DataError(f"{path}: {e.strerror}") from None
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as e:
+        raise DataError(f"{path}: not a checkpoint of this program: {str(e).splitlines()[0]}") from None
+
+
+class Log:
+    """log.csv in the run's folder, a flushed line per logging step; a resumed run drops the lines after its checkpoint."""
+    columns = ("step", "epoch", "seconds", "lr", "loss", "grad_norm", "tokens_per_s", "padding",
+               "heldout_loss", "heldout_tokens", "heldout_grids")
+
+    def __init__(self, path, step):
+        old = []
+        if path.exists():
+            with open(path, newline="") as file:
+                old = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+        self.file = open(path, "w", newline="")
+        self.writer = csv.DictWriter(self.file, self.columns)
+        self.writer.writeheader()
+        self.writer.writerows(old)
+
+    def add(self, **row):
+        self.writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+        self.file.flush()
 
 
 # ---------------------------------------------------------------------------------------------- main
 def main(argv=None):
-    c = parse(argv)
+    c, state = parse(argv)
     device = torch.device(c.device)
     torch.manual_seed(c.seed)
     torch.set_float32_matmul_precision("high")          # TF32 where bfloat16 does not reach
-    rng = np.random.default_rng(c.seed)
-    amp = torch.autocast(device.type, torch.bfloat16, enabled=c.dtype == "bfloat16")
+    amp = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=c.dtype == "bfloat16")
     arm = "dense" if c.dense else "ffn" if c.ffn else "no-ffn"
-    out = Path(c.out or time.strftime(f"runs/{arm}-%Y%m%d-%H%M%S"))
+    out = Path(c.out)
 
-    # ---- data: the demonstration pairs of both splits; test outputs of the training split only
-    training, evaluation = read_tasks(c.data, "training"), read_tasks(c.data, "evaluation")
-    tasks = training | evaluation
-    index = {name: i for i, name in enumerate(tasks)}
-    free = np.stack([free_colours(task, c.permute_colours) for task in tasks.values()])
-    known = read_solutions(c.data, "training")
-    demos = [(index[name], x, y) for name, task in tasks.items() for x, y in task.train]
-    tests = [(index[name], x, y) for name, task in training.items() for x, y in zip(task.test, known[name])]
-    demos, tests = ([pair for pair in pairs if pair_tokens(*pair[1:]) <= c.max_tokens] for pairs in (demos, tests))
-    pairs = Pairs(demos if c.heldout else demos + tests, free, device)
-    heldout = Pairs(tests, free, device) if c.heldout and tests else None
-
-    # ---- model
-    model = Transformer(Config(N_VOCAB, len(tasks), N_DIHEDRAL, c.d_model, c.n_head, c.n_layer, c.ffn_factor * c.ffn, c.dense,
-                               c.dropout)).to(device)
+    # ---- data and model
+    names, free, pairs, heldout, evaluation = load_data(c, device)
+    f = c.ffn_factor if c.ffn else 0
+    model = Transformer(Config(N_VOCAB, len(names), N_DIHEDRAL, c.d_model, c.n_head, c.n_layer, f, c.dense, c.dropout)).to(device)
     optimizers = make_optimizers(model, c)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     if c.compile:
         for block in model.blocks:                      # the layers share one compiled block: a tenth of the start-up
             block.compile(dynamic=True)
+    step, seconds = 0, 0.0
+    if state:
+        restore(state, model, optimizers)
+        step, seconds = state["step"], state["seconds"]
+    out.mkdir(parents=True, exist_ok=True)
+    save(out / "config.json", lambda file: file.write(json.dumps(asdict(c), indent=1).encode()))
     print(f"{arm} on {device}: D={c.d_model} H={c.n_head} L={c.n_layer}, {model.n_params() / 1e6:.2f} M parameters; "
           f"{len(pairs.task)} pairs of at most {c.max_tokens} tokens; "
-          + (f"{c.steps} steps" if c.steps else f"{c.minutes:g} minutes") + f", {c.batch_tokens} tokens each, {c.dtype}"
-          + (", compiled" if c.compile else "") + "  (any flag changes this: --help)")
+          + (f"{c.steps} steps" if c.steps else f"{c.minutes:g} minutes") + f" of {c.batch_tokens} tokens, {c.dtype}"
+          + (", compiled" if c.compile else "") + f"; into {out}  (any flag changes this: --help)")
 
     # ---- train
+    log, logged, held, shown = Log(out / "log.csv", step), step, 0.0, {}
+    tokens = padding = rows = 0
+    stop = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.append(1))
+    start = clock = saved = time.perf_counter()
+    start -= seconds
     bar = tqdm(total=100, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}", dynamic_ncols=True)
-    step, tokens_seen, used, shown, held = 0, 0, 0.0, {}, -1.0
-    begin = time.perf_counter()
-    while used < 1:
-        for batch in plan_epoch(pairs, c.batch_tokens, rng):
-            used = step / c.steps if c.steps else (time.perf_counter() - begin) / (60 * c.minutes)
-            if used >= 1:
-                break
-            for group in groups:
-                group["lr"] = group["peak"] * rate(used, c.warmup, c.decay)
+    for epoch, batch in itertools.islice(batches(pairs, c), step, None):
+        seconds = time.perf_counter() - start
+        used = step / c.steps if c.steps else seconds / (60 * c.minutes)
+        if used >= 1 or stop:
+            break
+        for group in groups:
+            group["lr"] = group["peak"] * rate(used, c.warmup, c.decay)
 
-            # ---- the step
-            *inputs, targets = pairs.batch(*batch)
-            with amp:
-                loss = task_loss(model, *inputs, targets)
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.clip)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-            step, tokens_seen = step + 1, tokens_seen + targets.numel()
-            # ----
+        # ---- the step
+        *inputs, targets = pairs.batch(*batch)
+        with amp():
+            loss = task_loss(model, *inputs, targets)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.clip)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        # ----
 
-            if step % c.log_every == 0:
-                shown["loss"] = f"{loss.item():.3f}"
-                shown["tok/s"] = f"{tokens_seen / (time.perf_counter() - begin):.0f}"
-                bar.set_postfix(shown, refresh=False)
-                bar.update(100 * used - bar.n)
-            if heldout and used >= held + 0.05:
-                held, shown["held-out"] = used, "{:.3f}".format(evaluate(model, heldout, c.batch_tokens, amp)[0])
+        step, tokens, rows = step + 1, tokens + targets.numel(), rows + len(targets)
+        padding += targets.numel() - int((pairs.length[batch[0], batch[1]] - 1).sum())
+        if step - logged >= c.log_every:
+            row = {"step": step, "epoch": epoch, "seconds": seconds, "lr": groups[0]["lr"], "loss": loss.item(),
+                   "grad_norm": norm.item(), "tokens_per_s": tokens / (time.perf_counter() - clock), "padding": padding / tokens}
+            if not math.isfinite(row["loss"]):
+                raise DataError(f"step {step}: the loss is {row['loss']} at learning rate {row['lr']:.2g}; {out} keeps its last checkpoint")
+            if heldout and used >= held:
+                held = used + 0.05
+                row |= zip(("heldout_loss", "heldout_tokens", "heldout_grids"), evaluate(model, heldout, c.batch_tokens, amp))
+                shown["held-out"] = f"{row['heldout_loss']:.3f}"
+            log.add(**row)
+            shown |= {"loss": f"{row['loss']:.3f}", "tok/s": f"{row['tokens_per_s']:.0f}"}
+            if mfu := model.mfu(row["tokens_per_s"], tokens / rows):
+                shown["MFU"] = f"{mfu:.0%}"
+            bar.set_postfix(shown, refresh=False)
+            bar.update(100 * used - bar.n)
+            logged, tokens, padding, rows, clock = step, 0, 0, 0, time.perf_counter()
+        if time.perf_counter() - saved > 60 * c.save_minutes:
+            save(out / "checkpoint.pt", functools.partial(torch.save, snapshot(c, model, optimizers, step, seconds)))
+            saved = time.perf_counter()
     bar.close()
-
+    save(out / "checkpoint.pt", functools.partial(torch.save, snapshot(c, model, optimizers, step, seconds)))
+    if stop:
+        print(f"stopped at step {step}; go on with: python train_arc.py --resume {out}")
+        return
+    if heldout:
+        print("held-out: loss {:.4f}, {:.1%} of tokens, {:.1%} of grids".format(*evaluate(model, heldout, c.batch_tokens, amp)))
     if not c.score:
         return
 
     # ---- answer every test input of the evaluation split that fits, then score
     model.eval()
-    trained = {task for task, _, _ in demos}
-    prompts = {(name, i): (index[name], grid) for name, task in evaluation.items() for i, grid in enumerate(task.test)
-               if index[name] in trained and grid.size + max(grid.shape) + 3 < c.max_tokens}
-    answers = dict(zip(prompts, answer(model, list(prompts.values()), free, c, rng, amp, device)))
-    submission = {name: [dict(zip(("attempt_1", "attempt_2"), vote(answers.get((name, i), [])))) for i in range(len(task.test))]
-                  for name, task in evaluation.items()}
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "submission.json").write_text(json.dumps(submission))
-    torch.save(model.state_dict(), out / "model.pt")
-    (pass1, pass2), solved = score(submission, read_solutions(c.data, "evaluation"))
-    print(f"evaluation: pass@1 {pass1:.2%}, pass@2 {pass2:.2%} (mean over a task's test outputs, then over {len(evaluation)} tasks); "
-          f"{solved} tasks solved; {len(prompts)} of {sum(len(t.test) for t in evaluation.values())} test inputs short enough to try")
+    index, trained = {name: n for n, name in enumerate(names)}, set(pairs.task)
+    asked = {(name, i): (index[name], grid) for name, task in evaluation.items() for i, grid in enumerate(task.test)}
+    tried = {key: prompt for key, prompt in asked.items() if prompt[0] in trained and prompt_tokens(prompt[1]) < c.max_tokens}
+    answers = dict(zip(tried, answer(model, list(tried.values()), free, c, amp, device)))
+    submission = {name: [vote(answers.get((name, i), [])) for i in range(len(task.test))] for name, task in evaluation.items()}
+    save(out / "submission.json", lambda file: file.write(json.dumps(submission).encode()))
+    (pass1, pass2), solved = score(submission, read_solutions(c.data, "evaluation", evaluation))
+    print(f"evaluation: pass@1 {pass1:.2%}, pass@2 {pass2:.2%} (mean over a task's test outputs, then over the {len(evaluation)} "
+          f"tasks), {solved} tasks solved whole; {len(tried)} of {len(asked)} test inputs were short enough to try")
 
 
 if __name__ == "__main__":
