@@ -80,33 +80,34 @@ class Transformer(nn.Module):
         return peak and 3 * self.flops_per_token(T) * tokens_per_s / peak
 
     @torch.inference_mode()
-    def generate(self, tokens, lengths, pos, task, view, max_new, end, advance):
-        """Greedy continuation of right-padded prompts, all rows at once -> (B, at most max_new) tokens, `end` after the end.
+    def generate(self, tokens, lengths, pos, task, view, max_new, end, advance, return_logits=False):
+        """Greedy continuation of right-padded prompts, all rows at once -> (B, N <= max_new) tokens, `end` after the end.
 
         tokens (B, P), lengths (B,), pos (B, P, A); advance(token (B,), pos (B, A)) is the next token's position.
         New tokens are cached in the columns after P for every row. Positions travel as angles, so a column means
         nothing: the mask alone says that a row's padding, columns lengths..P, is never read.
         """
         B, P = tokens.shape
-        c, head = self.config, self.head.weight
-        dtype = torch.get_autocast_dtype(head.device.type) if torch.is_autocast_enabled(head.device.type) else head.dtype
-        caches = [KVCache(B, c.n_head, P + max_new, c.d_model // c.n_head, head.device, dtype) for _ in self.blocks]
-        last = (torch.arange(B, device=tokens.device), lengths - 1)
-        logits, now = self(tokens, pos, task, view, caches)[last], pos[last]          # (B, n_vocab), (B, A)
-        readable = torch.ones(B, 1, 1, P + max_new, dtype=torch.bool, device=tokens.device)
-        readable[..., :P] = (torch.arange(P, device=tokens.device) < lengths[:, None])[:, None, None]
-        token, out = tokens[last], []
-        done = torch.zeros(B, dtype=torch.bool, device=tokens.device)
+        c, head, device = self.config, self.head.weight, tokens.device
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else head.dtype
+        caches = [KVCache(B, c.n_head, P + max_new, c.d_model // c.n_head, device, dtype) for _ in self.blocks]
+        last = (torch.arange(B, device=device), lengths - 1)
+        logits, token, now = self(tokens, pos, task, view, caches)[last], tokens[last], pos[last]
+        readable = torch.ones(B, 1, 1, P + max_new, dtype=torch.bool, device=device)
+        readable[..., :P] = (torch.arange(P, device=device) < lengths[:, None])[:, None, None]
+        out, all_logits, done = [], [], torch.zeros(B, dtype=torch.bool, device=device)
         for column in range(P, P + max_new):
-            now = advance(token, now)
+            now = advance(token, now)                                                 # (B, A)
             token = logits.argmax(-1).masked_fill(done, end)                          # (B,)
-            out.append(token)
             done = done | (token == end)
+            out.append(token)
+            all_logits.append(logits)
             if done.all() or column == P + max_new - 1:
                 break
             mask = readable[..., :column + 1]
             logits = self(token[:, None], now[:, None], task, view, caches, mask)[:, -1]
-        return torch.stack(out, dim=1)
+        out = torch.stack(out, dim=1)
+        return (out, torch.stack(all_logits, dim=1)) if return_logits else out
 
 
 if __name__ == "__main__":

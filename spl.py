@@ -82,8 +82,9 @@ class SparseProtoLinear(nn.Module):
         self.mu_weight.normal_(std=2 * bound)          # the mask halves the neurons and scales the rest below 1
         self.mu_bias.zero_()
         self.proto_weight.uniform_(-bound, bound)      # small: the learned match must outgrow the random one
-        self.gate_weight.copy_(-self.proto_weight)     # costs only where the prototype mismatches: routing starts as
-        # pure matching, yet every row has a gradient. At W_g = 0, mas sits on relu's corner and never learns.
+        # The gate starts as the opposite of the prototype, costly where that mismatches, plus noise. W_g = 0 sits on
+        # relu's corner and never learns; W_g = -W_p alone never costs an active neuron and hardly learns either.
+        self.gate_weight.uniform_(-0.3 * bound, 0.3 * bound).sub_(self.proto_weight)
 
     def paths(self, x):
         """(Y_comp, V_match, L_gate), each (..., D_out): the three products share x, so one GEMM makes them all."""

@@ -533,7 +533,7 @@ def restore(state, model, optimizers):
             optimizer.load_state_dict(saved)
         torch.set_rng_state(state["random"])
     except (KeyError, RuntimeError, ValueError) as e:
-        raise DataError(f"the checkpoint does not fit this model and data: {str(e).splitlines()[0]}") from None
+        raise DataError(f"the checkpoint does not fit this model and data: {str(e).partition(chr(10))[0]}") from None
 
 
 def load_checkpoint(path):
@@ -542,7 +542,7 @@ def load_checkpoint(path):
     except OSError as e:
         raise DataError(f"{path}: {e.strerror}") from None
     except (RuntimeError, EOFError, pickle.UnpicklingError) as e:
-        raise DataError(f"{path}: not a checkpoint of this program: {str(e).splitlines()[0]}") from None
+        raise DataError(f"{path}: not a checkpoint of this program: {str(e).partition(chr(10))[0]}") from None
 
 
 class Log:
@@ -580,7 +580,6 @@ def main(argv=None):
     f = c.ffn_factor if c.ffn else 0
     model = Transformer(Config(N_VOCAB, len(names), N_DIHEDRAL, c.d_model, c.n_head, c.n_layer, f, c.dense, c.dropout)).to(device)
     optimizers = make_optimizers(model, c)
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     if c.compile:
         for block in model.blocks:                      # the layers share one compiled block: a tenth of the start-up
             block.compile(dynamic=True)
@@ -588,6 +587,7 @@ def main(argv=None):
     if state:
         restore(state, model, optimizers)
         step, seconds = state["step"], state["seconds"]
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     out.mkdir(parents=True, exist_ok=True)
     save(out / "config.json", lambda file: file.write(json.dumps(asdict(c), indent=1).encode()))
     print(f"{arm} on {device}: D={c.d_model} H={c.n_head} L={c.n_layer}, {model.n_params() / 1e6:.2f} M parameters; "
@@ -596,7 +596,7 @@ def main(argv=None):
           + (", compiled" if c.compile else "") + f"; into {out}  (any flag changes this: --help)")
 
     # ---- train
-    log, logged, held, shown = Log(out / "log.csv", step), step, 0.0, {}
+    log, held, shown = Log(out / "log.csv", step), 0.0, {}
     tokens = padding = rows = 0
     stop = []
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -625,7 +625,7 @@ def main(argv=None):
 
         step, tokens, rows = step + 1, tokens + targets.numel(), rows + len(targets)
         padding += targets.numel() - int((pairs.length[batch[0], batch[1]] - 1).sum())
-        if step - logged >= c.log_every:
+        if step % c.log_every == 0:
             row = {"step": step, "epoch": epoch, "seconds": seconds, "lr": groups[0]["lr"], "loss": loss.item(),
                    "grad_norm": norm.item(), "tokens_per_s": tokens / (time.perf_counter() - clock), "padding": padding / tokens}
             if not math.isfinite(row["loss"]):
@@ -640,7 +640,8 @@ def main(argv=None):
                 shown["MFU"] = f"{mfu:.0%}"
             bar.set_postfix(shown, refresh=False)
             bar.update(100 * used - bar.n)
-            logged, tokens, padding, rows, clock = step, 0, 0, 0, time.perf_counter()
+            tokens = padding = rows = 0
+            clock = time.perf_counter()
         if time.perf_counter() - saved > 60 * c.save_minutes:
             save(out / "checkpoint.pt", functools.partial(torch.save, snapshot(c, model, optimizers, step, seconds)))
             saved = time.perf_counter()

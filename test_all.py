@@ -1,0 +1,581 @@
+"""Every claim of this project as a test.  Run: pytest -q test_all.py"""
+
+import argparse
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import train_arc
+from block import Block, MoIE
+from dynsiha import DynSIHA, KVCache, rotary, rotate
+from model import Config, Transformer
+from spl import SparseProtoLinear, mas_normalize, spl_reference
+
+HERE = Path(__file__).parent
+ARC1, ARC2 = HERE / "data/arc-agi-1", HERE / "data/arc-agi-2"
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+SHAPES = [(8,), (5, 8), (2, 3, 8)]
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def random_spl(D_in=8, D_out=12, dtype=torch.float64, device="cpu"):
+    """An SPL with random gates and biases, so that every term of the formula matters."""
+    layer = SparseProtoLinear(D_in, D_out)
+    for p in layer.parameters():
+        nn.init.normal_(p)
+    return layer.to(device, dtype)
+
+
+def weights(layer):
+    return layer.mu_weight, layer.mu_bias, layer.proto_weight, layer.gate_weight
+
+
+def matrices(module):
+    return sum(p.numel() for p in module.parameters() if p.ndim == 2)
+
+
+# ---------------------------------------------------------------------------------------------- spl.py
+def literal_mas(z):
+    """The formula through autograd alone: the reference for the hand-written derivative."""
+    peak = z.abs().amax(-1, keepdim=True)
+    return torch.where(peak > 0, F.relu(z / peak.masked_fill(peak == 0, 1)), 0)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_fused_spl_equals_the_literal_formula(shape):
+    layer, x = random_spl(), torch.randn(shape, dtype=torch.float64)
+    y, logits, mask = spl_reference(x, *weights(layer))
+    torch.testing.assert_close(layer(x), y)
+    torch.testing.assert_close(layer.route(x), (logits, mask))
+    assert layer(x).shape == shape[:-1] + (12,)
+
+
+def test_mas_gradient_equals_autograd_of_the_formula():
+    z = torch.randn(50, 9, dtype=torch.float64, requires_grad=True)
+    g = torch.randn(50, 9, dtype=torch.float64)
+    ours, = torch.autograd.grad(mas_normalize(z), z, g)
+    theirs, = torch.autograd.grad(literal_mas(z), z, g)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_spl_passes_gradcheck():
+    layer, x = random_spl(4, 5), torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    names = [name for name, _ in layer.named_parameters()]
+
+    def run(x, *params):
+        return torch.func.functional_call(layer, dict(zip(names, params)), (x,))
+    assert torch.autograd.gradcheck(run, (x, *layer.parameters()))
+
+
+def test_every_parameter_learns_at_init_and_after_ten_steps():
+    """Gate rows included: the dead gate of W_g = 0 would show here as rows without gradient."""
+    model = Transformer(Config(d_model=32, n_head=2, n_layer=2))
+    nn.init.normal_(model.head.weight, std=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for step in range(11):
+        tokens = torch.randint(14, (16, 24))
+        zero = torch.arange(16) % 8
+        model.zero_grad()
+        train_arc.task_loss(model, tokens, train_arc.positions(tokens), zero * 0, zero, tokens).backward()
+        if step in (0, 10):
+            for name, p in model.named_parameters():
+                rows = p.grad.reshape(len(p), -1).abs().sum(1)
+                assert (rows > 0).all(), f"step {step}: {name} has {(rows == 0).sum()} rows without gradient"
+        optimizer.step()
+
+
+def test_a_zero_gate_is_dead():
+    layer = SparseProtoLinear(8, 8)
+    nn.init.zeros_(layer.gate_weight)
+    layer(torch.randn(5, 8)).square().sum().backward()
+    assert layer.gate_weight.grad.abs().sum() == 0 and layer.proto_weight.grad.abs().sum() > 0
+
+
+def test_mas_lies_in_0_1_and_ignores_positive_scale():
+    z = torch.randn(100, 7, dtype=torch.float64)
+    m = mas_normalize(z)
+    assert m.min() == 0 and m.max() == 1
+    torch.testing.assert_close(mas_normalize(37.5 * z), m)
+    assert not torch.allclose(mas_normalize(-z), m)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_zero_rows_and_half_precision_stay_finite(device, dtype):
+    layer = random_spl(dtype=dtype, device=device)
+    nn.init.zeros_(layer.mu_bias)
+    x = torch.randn(6, 8, device=device, dtype=dtype)
+    x[::2] = 0
+    x.requires_grad_()
+    y = layer(x)
+    y.float().square().sum().backward()
+    assert y.dtype == dtype and y.isfinite().all() and not y[::2].any() and y[1::2].any()
+    assert x.grad.isfinite().all() and all(p.grad.isfinite().all() for p in layer.parameters())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_spl_under_autocast_and_compile(device, compiled):
+    """Close to float32, gradients finite: a maximum compared with its bfloat16 rounding once gave NaN under compile."""
+    layer = random_spl(64, 64, torch.float32, device)
+    x = torch.randn(33, 64, device=device)
+    run = torch.compile(layer, fullgraph=True) if compiled else layer
+    with torch.autocast(device, torch.bfloat16):
+        y = run(x)
+    y.float().square().sum().backward()
+    assert y.dtype == torch.bfloat16 and all(p.grad.isfinite().all() for p in layer.parameters())
+    assert (y - layer(x)).norm() < 0.05 * layer(x).norm()
+
+
+@pytest.mark.parametrize("shape", [(4,), (3, 4), (2, 0, 4)])
+def test_a_single_output_feature_is_on_or_off(shape):
+    layer = random_spl(4, 1)
+    x = torch.randn(shape, dtype=torch.float64)
+    assert layer(x).shape == shape[:-1] + (1,) and layer.route(x)[1].unique().tolist() in ([], [0], [1], [0, 1])
+
+
+def test_spl_is_homogeneous_only_without_bias_and_gate():
+    layer, x = random_spl(), torch.randn(20, 8, dtype=torch.float64)
+    assert not torch.allclose(layer(3 * x), 3 * layer(x))
+    nn.init.zeros_(layer.mu_bias)
+    assert not torch.allclose(layer(3 * x), 3 * layer(x))
+    nn.init.zeros_(layer.gate_weight)
+    torch.testing.assert_close(layer(3 * x), 3 * layer(x))
+
+
+def test_one_spl_output_computes_xor():
+    layer = SparseProtoLinear(2, 1)
+    for p, value in zip(weights(layer), ([[-1., -1.]], [2.], [[1., 1.]], [[0., 0.]])):
+        p.data = torch.tensor(value)
+    y = layer(torch.tensor([[0., 0.], [0., 1.], [1., 0.], [1., 1.]]))
+    assert y.flatten().tolist() == [0, 1, 1, 0]
+
+
+# ---------------------------------------------------------------------------------------------- dynsiha.py
+def line(B, T, device="cpu"):
+    """Positions 0..T-1 on one axis, (B, T, 1)."""
+    return torch.arange(T, device=device).expand(B, T)[..., None]
+
+
+@pytest.mark.parametrize("linear", [SparseProtoLinear, nn.Linear])
+def test_dynsiha_is_causal(linear):
+    layer, x = DynSIHA(16, 2, linear), torch.randn(2, 9, 16)
+    rope = rotary(line(2, 9), 8)
+    changed = x.clone()
+    changed[:, 5:] = torch.randn(2, 4, 16)
+    a, b = layer(x, rope), layer(changed, rope)
+    assert torch.equal(a[:, :5], b[:, :5]) and not torch.allclose(a[:, 5:], b[:, 5:])
+
+
+def test_rotary_scores_depend_on_position_differences_alone():
+    q, k, h = torch.randn(1, 1, 1, 24), torch.randn(1, 1, 1, 24), 24
+    pos_q, pos_k, shift = torch.tensor([[[3, 7, 0]]]), torch.tensor([[[1, 9, 1]]]), torch.tensor([[[5, 2, 1]]])
+
+    def score(a, b):
+        return (rotate(q, *rotary(a, h)) * rotate(k, *rotary(b, h))).sum()
+    torch.testing.assert_close(score(pos_q, pos_k), score(pos_q + shift, pos_k + shift))
+    for axis in range(3):
+        moved = pos_k.clone()
+        moved[..., axis] += 1
+        assert not torch.allclose(score(pos_q, pos_k), score(pos_q, moved)), f"axis {axis} does not count"
+
+
+def test_rotary_deals_channel_pairs_evenly():
+    for axis, share in enumerate((6, 5, 5)):                       # 16 pairs over three axes
+        pos = torch.zeros(1, 1, 3, dtype=torch.long)
+        pos[..., axis] = 1
+        assert (rotary(pos, 32)[1] != 0).sum() == share
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_cached_decoding_gives_the_full_forwards_tokens_and_logits(device):
+    """Prompts of different lengths, in one batch and alone, against the prefix computed anew for every token."""
+    model = Transformer(Config(n_task=3, d_model=32, n_head=2, n_layer=2)).to(device, torch.float64).eval()
+    nn.init.normal_(model.head.weight)
+    lengths, new = torch.tensor([4, 9, 6], device=device), 7
+    tokens = torch.randint(10, (3, 9), device=device)
+    tokens[:, 0] = train_arc.START
+    task, view = torch.arange(3, device=device), torch.tensor([5, 0, 2], device=device)
+    out, logits = model.generate(tokens, lengths, train_arc.positions(tokens), task, view, new, end=-1,
+                                 advance=train_arc.advance, return_logits=True)
+    for row in range(3):
+        sequence = tokens[row:row + 1, :lengths[row]]
+        for i in range(new):
+            full = model(sequence, train_arc.positions(sequence), task[row:row + 1], view[row:row + 1])[:, -1]
+            torch.testing.assert_close(logits[row, i], full[0])
+            assert full.argmax(-1) == out[row, i]
+            sequence = torch.cat((sequence, out[row, i].view(1, 1)), 1)
+
+
+def test_a_row_that_has_ended_stays_ended():
+    model = Transformer(Config(d_model=16, n_head=2, n_layer=1)).eval()
+    nn.init.normal_(model.head.weight)
+    tokens = torch.randint(10, (6, 5))
+    zero = torch.zeros(6, dtype=torch.long)
+    arguments = (tokens, zero + 5, line(6, 5).expand(6, 5, 3), zero, zero, 40)
+    free = model.generate(*arguments, end=-1, advance=train_arc.advance)
+    end = int(free[0, 2])
+    out = model.generate(*arguments, end=end, advance=train_arc.advance)
+    for row, reference in zip(out, free):
+        first = (reference == end).nonzero()[0].item() if (reference == end).any() else len(reference)
+        assert torch.equal(row[:first], reference[:first][:len(row)]) and (row[first:] == end).all()
+
+
+# ---------------------------------------------------------------------------------------------- block.py, model.py
+@pytest.mark.parametrize("D", [16, 48])
+def test_weights_12_D2_without_ffn_as_many_as_the_dense_control_and_6_f_D2_more_with(D):
+    plain, dense = Block(D, 2), Block(D, 2, 4 * D, dense=True)
+    assert matrices(plain) == matrices(dense) == 12 * D * D
+    assert not hasattr(plain, "ffn") and not hasattr(plain, "ffn_norm")
+    for f in (1, 2, 4):
+        assert matrices(Block(D, 2, f * D)) - matrices(plain) == matrices(MoIE(D, f * D)) == 6 * f * D * D
+
+
+@pytest.mark.parametrize("config", [Config(ffn_factor=0), Config(ffn_factor=1), Config(ffn_factor=2), Config(dense=True)])
+def test_model_flops_equal_torchs_counter(config):
+    model, B, T = Transformer(config), 3, 40
+    tokens, zero = torch.randint(14, (B, T)), torch.zeros(B, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):   # the counter knows no CPU flash kernel
+        model(tokens, line(B, T), zero, zero)
+    assert counter.get_total_flops() == B * T * model.flops_per_token(T)
+
+
+def test_parameters_are_counted_without_embeddings():
+    model = Transformer(Config(n_task=1000, d_model=16, n_head=2, n_layer=3, ffn_factor=0))
+    vectors = 3 * (4 * 16 + 16) + 16                               # biases and norms
+    assert model.n_params() == 3 * 12 * 16 * 16 + 14 * 16 + vectors
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dense", [False, True])
+def test_blocks_compile_whole_and_not_anew_for_each_shape(device, dense):
+    model = Transformer(Config(d_model=32, n_head=2, n_layer=3, dense=dense)).to(device)
+    nn.init.normal_(model.head.weight)
+    inputs = []
+    for B, T in ((4, 20), (6, 31), (3, 44), (5, 17)):
+        tokens = torch.randint(14, (B, T), device=device)
+        zero = torch.zeros(B, dtype=torch.long, device=device)
+        inputs.append((tokens, train_arc.positions(tokens), zero, zero))
+    eager = [model(*i) for i in inputs]
+    torch._dynamo.reset()
+    for block in model.blocks:
+        block.compile(dynamic=True, fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for i, expected in zip(inputs, eager):
+            torch.testing.assert_close(model(*i), expected, rtol=1e-3, atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------- train_arc.py: grids
+@pytest.fixture(scope="session")
+def arc1():
+    """(tasks, solutions) of ARC-1 by split."""
+    return {split: (tasks := train_arc.read_tasks(ARC1, split), train_arc.read_solutions(ARC1, split, tasks))
+            for split in ("training", "evaluation")}
+
+
+def all_grids(arc1):
+    for tasks, solutions in arc1.values():
+        for name, task in tasks.items():
+            yield from [grid for pair in task.train for grid in pair] + task.test + solutions[name]
+
+
+def test_arc1_is_read_whole(arc1):
+    (training, known), (evaluation, asked) = arc1["training"], arc1["evaluation"]
+    assert (len(training), len(evaluation)) == (400, 400)
+    assert (sum(map(len, known.values())), sum(map(len, asked.values()))) == (416, 419)
+    assert [sum(len(task.train) for task in tasks.values()) for tasks in (training, evaluation)] == [1302, 1363]
+
+
+def test_every_grid_of_arc1_survives_tokens_and_back(arc1):
+    for grid in all_grids(arc1):
+        assert np.array_equal(train_arc.decode_grid(train_arc.encode_grid(grid, train_arc.END)), grid)
+
+
+def test_every_view_is_undone_and_the_eight_differ():
+    grid = np.arange(6).reshape(2, 3)
+    views = [train_arc.view_grid(grid, v) for v in range(8)]
+    assert len({(v.shape, v.tobytes()) for v in views}) == 8
+    for v in range(8):
+        assert np.array_equal(train_arc.unview_grid(views[v], v), grid)
+
+
+def test_colour_permutations_keep_0_the_grammar_and_the_fixed_and_round_trip():
+    free = np.zeros((500, 10), bool)
+    free[:, [1, 2, 5, 9]] = True
+    tables = train_arc.colour_permutations(free, np.random.default_rng(0))
+    fixed = [0, 3, 4, 6, 7, 8, 10, 11, 12, 13]
+    assert (tables[:, fixed] == fixed).all() and (np.sort(tables, 1) == np.arange(14)).all()
+    assert len({row.tobytes() for row in tables}) == 24                              # all 4! occur
+    tokens = np.arange(14)
+    assert (np.argsort(tables[7])[tables[7][tokens]] == tokens).all()
+
+
+def test_colours_that_only_outputs_show_stay():
+    task = train_arc.Task([(np.array([[0, 1]]), np.array([[2, 1]]))], [np.array([[3, 0]])])
+    assert train_arc.free_colours(task).tolist() == [False, True, False] + [True] * 7
+    assert not train_arc.free_colours(task, permute=False).any()
+
+
+@pytest.mark.parametrize("tokens", [
+    [], [1, 2, 11], [13], [11, 13], [1, 2, 13], [1, 11, 1, 2, 11, 13], [1, 2, 11, 1, 11, 13], [1, 10, 11, 13],
+    [1, 12, 11, 13], [1, 2, 11, 3, 13], [1] * 31 + [11, 13], [1, 11] * 31 + [13]])
+def test_output_that_is_no_grid_is_dropped(tokens):
+    assert train_arc.decode_grid(np.array(tokens, dtype=np.int64)) is None
+
+
+def test_positions_in_parallel_equal_positions_step_by_step():
+    x, y = np.ones((3, 2), np.uint8), np.ones((2, 4), np.uint8)
+    sequence = np.concatenate((train_arc.encode_prompt(x), train_arc.encode_grid(y, train_arc.END)))
+    tokens = torch.from_numpy(np.stack((sequence, np.roll(sequence, 0)))).long()
+    whole = train_arc.positions(tokens)
+    now = torch.zeros(2, 3, dtype=torch.long)
+    for t in range(tokens.shape[1]):
+        assert torch.equal(whole[:, t], now), f"token {t}"
+        now = train_arc.advance(tokens[:, t], now)
+    assert whole[0, 1].tolist() == [0, 0, 0] and whole[0, 11].tolist() == [0, 0, 1]    # the first cells of both grids
+    assert whole[0, 10].tolist() == [3, 0, 0] and whole[0, -1].tolist() == [2, 0, 1]   # <sep>, <end>
+
+
+def tiny_pairs():
+    grids = [np.full((h, w), h, np.uint8) for h, w in ((1, 2), (3, 3), (2, 5), (4, 1))]
+    free = np.ones((4, 10), bool) & (np.arange(10) > 0)
+    return train_arc.Pairs([(n, x, x.T) for n, x in enumerate(grids)], free, torch.device("cpu"))
+
+
+def test_labels_are_shifted_once_and_outputs_only():
+    """The target at t is token t + 1 of the output, <end> included; prompt and padding have none."""
+    pairs, same = tiny_pairs(), np.tile(np.arange(14, dtype=np.uint8), (2, 1))
+    tokens, pos, task, view, targets = pairs.batch(np.array([0, 1]), np.array([0, 0]), same)
+    assert tokens[0, :9].tolist() == [10, 1, 1, 11, 12, 1, 11, 1, 11] and targets[0, :9].tolist() == [-100] * 4 + [1, 11, 1, 11, 13]
+    assert (targets[0, 9:] == -100).all() and task.tolist() == [0, 1] and view.tolist() == [0, 0]
+    scored = targets[1] != -100
+    assert torch.equal(targets[1, :-1][scored[:-1]], tokens[1, 1:][scored[:-1]]) and targets[1, -1] == train_arc.END
+    assert scored.sum() == 3 * 4 + 1
+
+
+def test_an_epoch_shows_each_pair_once_in_budgeted_batches():
+    pairs = tiny_pairs()
+    for seed in range(20):
+        plan = train_arc.plan_epoch(pairs, 40, np.random.default_rng(seed))
+        assert sorted(np.concatenate([index for index, _, _ in plan])) == [0, 1, 2, 3]
+        for index, view, colours in plan:
+            assert len(index) == 1 or pairs.batch(index, view, colours)[0].numel() <= 40
+
+
+# ---------------------------------------------------------------------------------------------- train_arc.py: scores
+A, B, C = [[1]], [[2, 2]], [[3], [3]]
+
+
+@pytest.mark.parametrize("grids, first, second", [
+    ([A, B, B], B, A), ([A, B], A, B), ([B, A], B, A), ([C, A, B, A, B], A, B), ([A, A], A, [[0]]), ([], [[0]], [[0]])])
+def test_votes_count_and_ties_go_to_the_first(grids, first, second):
+    assert train_arc.vote([np.array(grid) for grid in grids]) == {"attempt_1": first, "attempt_2": second}
+
+
+def attempts(first, second):
+    return {"attempt_1": first, "attempt_2": second}
+
+
+def test_score_by_the_arc_prizes_rule():
+    """Task p: both outputs, one of them second; q: one of two; r: wrong; s: missing."""
+    solutions = {name: [np.array(grid) for grid in grids] for name, grids in {"p": [A, B], "q": [A, C], "r": [B], "s": [A]}.items()}
+    submission = {"p": [attempts(A, C), attempts(C, B)], "q": [attempts(A, A), attempts(A, B)], "r": [attempts([[2], [2]], A)]}
+    (pass1, pass2), solved = train_arc.score(submission, solutions)
+    assert (pass1, pass2, solved) == ((0.5 + 0.5) / 4, (1 + 0.5) / 4, 1)
+
+
+# ---------------------------------------------------------------------------------------------- train_arc.py: leaks
+def test_extra_tasks_never_leak_the_evaluation_split(arc1):
+    """Of ARC-2's tasks 233 + 114 have ids that ARC-1 lacks; one of them is an evaluation task of ARC-1 under another id."""
+    training, evaluation = arc1["training"][0], arc1["evaluation"][0]
+    kept = [train_arc.without_leaks(train_arc.read_tasks(ARC2, split), evaluation, training) for split in ("training", "evaluation")]
+    assert [len(k) for k in kept] == [233, 113] and "db695cfb" not in kept[1]
+
+    name, task = next(iter(evaluation.items()))
+    renamed = {"id": task, "shuffled": train_arc.Task(task.train[::-1], [np.zeros((1, 1), np.uint8)]),
+               "asked": train_arc.Task([(task.test[0], task.test[0])], task.test)}
+    assert name not in renamed and train_arc.without_leaks(renamed, evaluation, {}) == {}
+
+
+def write_set(folder, tasks, poison=0, github=False):
+    """tasks {split: {id: (train pairs, test pairs)}} as a task set on disk; poison is added to evaluation's test outputs."""
+    for split, entries in tasks.items():
+        challenges, solutions = {}, {}
+        for name, (train, test) in entries.items():
+            extra = poison if split == "evaluation" else 0
+            solutions[name] = [((np.array(y) + extra) % 10).tolist() for _, y in test]
+            challenges[name] = {"train": [{"input": x, "output": y} for x, y in train], "test": [{"input": x} for x, _ in test]}
+            if github:
+                (folder / split).mkdir(parents=True, exist_ok=True)
+                task = challenges[name] | {"name": name}
+                for pair, output in zip(task["test"], solutions[name]):
+                    pair["output"] = output
+                (folder / split / f"{name}.json").write_text(json.dumps(task))
+        if not github:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"arc-agi_{split}_challenges.json").write_text(json.dumps(challenges))
+            (folder / f"arc-agi_{split}_solutions.json").write_text(json.dumps(solutions))
+    return folder
+
+
+def one_task_set(folder, **options):
+    """Two tasks, recolour and mirror; the evaluation task asks for one of its own demonstrations, so memory is enough."""
+    rng = np.random.default_rng(0)
+    grids = [rng.integers(0, 10, (3, 3)) for _ in range(4)]
+    mirror = [(g.tolist(), g[:, ::-1].tolist()) for g in grids]
+    turn = [(g.tolist(), g.T.tolist()) for g in grids]
+    return write_set(folder, {"training": {"turn": (turn[:3], turn[3:])}, "evaluation": {"mirror": (mirror, mirror[:1])}}, **options)
+
+
+SMALL = ["--no-ffn", "--device", "cpu", "--d-model", "32", "--n-head", "2", "--n-layer", "2", "--batch-tokens", "512"]
+
+
+def train(data, out, *flags):
+    train_arc.main([*SMALL, "--data", str(data), "--out", str(out), *flags])
+    return torch.load(Path(out) / "checkpoint.pt", weights_only=True)["model"]
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("github", [False, True])
+def test_evaluation_solutions_never_reach_training(tmp_path, github):
+    """With every evaluation solution poisoned, training is bit-identical, and so is the submission."""
+    clean = train(one_task_set(tmp_path / "clean", github=github), tmp_path / "a", "--steps", "30")
+    poisoned = train(one_task_set(tmp_path / "poisoned", poison=3, github=github), tmp_path / "b", "--steps", "30")
+    assert equal(clean, poisoned)
+    assert (tmp_path / "a/submission.json").read_bytes() == (tmp_path / "b/submission.json").read_bytes()
+
+
+def test_same_seed_same_weights_other_seed_others(tmp_path):
+    data = one_task_set(tmp_path / "data")
+    runs = [train(data, tmp_path / f"{i}", "--steps", "12", "--no-score", "--seed", seed, "--dropout", "0.1") for i, seed in enumerate("112")]
+    assert equal(runs[0], runs[1]) and not equal(runs[0], runs[2])
+
+
+def test_a_resumed_run_ends_with_the_same_weights(tmp_path, monkeypatch):
+    """Stopped by Ctrl-C after 9 of 25 steps and resumed: bit-identical, and the log has no step twice."""
+    data = one_task_set(tmp_path / "data")
+    flags = "--steps", "25", "--no-score", "--log-every", "2", "--dropout", "0.1"
+    whole, real = train(data, tmp_path / "whole", *flags), train_arc.task_loss
+    calls = []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 9:
+            train_arc.signal.raise_signal(train_arc.signal.SIGINT)
+        return real(*arguments)
+    monkeypatch.setattr(train_arc, "task_loss", interrupted)
+    stopped = train(data, tmp_path / "stopped", *flags)
+    assert len(calls) == 9 and not equal(whole, stopped)
+    train_arc.main(["--resume", str(tmp_path / "stopped")])
+    assert equal(whole, torch.load(tmp_path / "stopped/checkpoint.pt", weights_only=True)["model"])
+    steps = [line.split(",")[0] for line in (tmp_path / "stopped/log.csv").read_text().splitlines()]
+    assert steps == ["step"] + [str(step) for step in range(2, 25, 2)]
+
+
+def test_the_model_overfits_one_task_and_decodes_its_output_exactly(tmp_path, capsys):
+    train(one_task_set(tmp_path / "data"), tmp_path / "out", "--steps", "500", "--no-permute-colours", "--lr", "1e-2", "--batch-tokens", "128")
+    assert "pass@1 100.00%, pass@2 100.00%" in capsys.readouterr().out
+    answer = json.loads((tmp_path / "out/submission.json").read_text())
+    solution = json.loads((tmp_path / "data/arc-agi_evaluation_solutions.json").read_text())
+    assert answer["mirror"][0]["attempt_1"] == solution["mirror"][0]
+
+
+# ---------------------------------------------------------------------------------------------- train_arc.py: bad input
+GOOD = {"t": {"train": [{"input": [[1]], "output": [[2]]}], "test": [{"input": [[3]]}]}}
+
+
+def task_with(cell):
+    return json.dumps(GOOD).replace("[[3]]", cell)
+
+
+@pytest.mark.parametrize("text, fault", [
+    ("{", "not JSON"), ("[]", "expected an object"), ('{"t": []}', "no 'train' pairs"), ('{"t": {"train": []}}', "no 'train' pairs"),
+    ('{"t": {"train": [{"input": [[1]]}]}}', "has no 'output'"), ('{"t": {"train": [{"input": [[1]], "output": [[1]]}]}}', "no 'test' pairs"),
+    (task_with("[]"), "0 rows"), (task_with("[[]]"), "1 rows of widths [0]"), (task_with("[[1], [1, 2]]"), "widths [1, 2]"),
+    (task_with(json.dumps([[1]] * 31)), "31 rows"), (task_with("[[10]]"), "a cell is 10"), (task_with("[[-1]]"), "a cell is -1"),
+    (task_with("[[1.5]]"), "a cell is 1.5"), (task_with('[["3"]]'), 'a cell is "3"'), (task_with("[[true]]"), "a cell is true"),
+    (task_with("[[null]]"), "a cell is null"), (task_with("[[NaN]]"), "a cell is NaN"), (task_with("[[[1]]]"), "a cell is list"),
+    (task_with("3"), "0 rows"), ("[" * 100000, "not JSON"), ("\udcff", "not JSON")])
+def test_bad_tasks_are_named(tmp_path, text, fault):
+    file = tmp_path / "arc-agi_training_challenges.json"
+    file.write_text(text, encoding="utf-8", errors="surrogateescape")
+    with pytest.raises(train_arc.DataError, match=re.escape(str(file))) as e:
+        train_arc.read_tasks(tmp_path, "training")
+    assert fault in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("text, fault", [("{}", "task t: no solutions; expected 1"), ('{"t": [[[1]], [[1]]]}', "task t: 2 solutions; expected 1"),
+                                         ('{"t": [[[11]]]}', "a cell is 11"), ("", "not JSON")])
+def test_bad_solutions_are_named(tmp_path, text, fault):
+    (tmp_path / "arc-agi_training_challenges.json").write_text(json.dumps(GOOD))
+    (tmp_path / "arc-agi_training_solutions.json").write_text(text)
+    with pytest.raises(train_arc.DataError, match="arc-agi_training_solutions.json") as e:
+        train_arc.read_solutions(tmp_path, "training", train_arc.read_tasks(tmp_path, "training"))
+    assert fault in str(e.value)
+
+
+@pytest.mark.parametrize("flags, fault", [
+    (["--d-model", "30"], "--d-model 30"), (["--minutes", "0"], "--minutes 0"), (["--lr", "-1"], "--lr -1"), (["--lr", "nan"], "--lr nan"),
+    (["--steps", "-5"], "--steps -5"), (["--device", "abacus"], "--device abacus"), (["--dtype", "int8"], "--dtype int8"),
+    (["--dropout", "1"], "--dropout 1"), (["--data", "nowhere"], "nowhere"), (["--resume", "nowhere"], "nowhere"),
+    (["--out", str(HERE / "data")], "holds a run already"), (["--max-tokens", "3", "--data", str(ARC1)], "--max-tokens")])
+def test_bad_flags_end_with_one_line_and_status_2(tmp_path, flags, fault):
+    run = subprocess.run([sys.executable, HERE / "train_arc.py", *flags], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 2 and fault in run.stderr and run.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_that_is_no_checkpoint_is_refused_and_not_executed(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "executed",)
+    torch.save({"model": Evil()}, tmp_path / "checkpoint.pt")
+    for content in (None, b"", b"PK\x03\x04 truncated"):
+        if content is not None:
+            (tmp_path / "checkpoint.pt").write_bytes(content)
+        with pytest.raises(train_arc.DataError, match="checkpoint.pt"):
+            train_arc.parse(["--resume", str(tmp_path)])
+    assert not (tmp_path / "executed").exists()
+
+
+# ---------------------------------------------------------------------------------------------- the project
+@pytest.mark.parametrize("name", ["spl", "dynsiha", "block", "model"])
+def test_each_concept_file_runs_alone_with_the_files_it_declares(tmp_path, name):
+    text = (HERE / f"{name}.py").read_text()
+    copied = set(re.search(r"Copy +(.*)", text)[1].replace("this file", f"{name}.py").replace(" and ", " ").replace(",", " ").split())
+    files = {word for word in copied if word.endswith(".py")}
+    for file in files:
+        shutil.copy(HERE / file, tmp_path)
+    run = subprocess.run([sys.executable, f"{name}.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert len(run.stdout.splitlines()) > 3
+
+
+def test_the_readmes_commands_exist_and_parse(monkeypatch, tmp_path):
+    text = (HERE / "README.md").read_text()
+    commands = [line for block in re.findall(r"```sh\n(.*?)```", text, re.S) for line in block.splitlines()]
+    files = {file for line in commands for file in re.findall(r"[\w./-]+\.(?:py|txt)", line)}
+    assert {"train_arc.py", "test_all.py", "requirements.txt"} <= files and all((HERE / file).exists() for file in files)
+    monkeypatch.chdir(HERE)
+    for line in commands:
+        for flags in re.findall(r"python train_arc\.py([^#&|]*)", line):
+            if "--help" not in flags and "--resume" not in flags and "cuda" not in flags:
+                train_arc.parse(flags.split() + ["--out", str(tmp_path / "unused")])
