@@ -71,7 +71,7 @@ if __name__ == "__main__":
         rope = rotary(torch.arange(T, device=device).expand(B, T)[..., None], D // H)
         x = torch.randn(B, T, D, device=device, requires_grad=True)
         blocks = {f: Block(D, H, f * D).to(device) for f in (0, 1, 2, 4)} | {"dense": Block(D, H, 4 * D, dense=True).to(device)}
-        t = bench({f: forward_backward(lambda x, b=b: b(x, rope), x) for f, b in blocks.items()}, repeats=7)
+        t = bench({f: forward_backward(lambda x, b=b: b(x, rope), x) for f, b in blocks.items()})
         for f in (1, 2, 4):
             print(f"{T:6} {f:3} {12 + 6 * f:6}·D² {1000 * t[0]:6.1f} ms {1000 * t[f]:6.1f} ms {t[f] / t[0]:8.2f}x "
                   f"{1 + 6 * f / (12 + 2 * T / D):7.2f}x {1000 * t['dense']:11.1f} ms")

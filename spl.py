@@ -16,6 +16,7 @@ Copy      this file alone; it needs torch. Use it like nn.Linear.
 Run       python spl.py
 """
 
+import itertools
 import math
 import shutil
 import statistics
@@ -107,18 +108,20 @@ class SparseProtoLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
-def bench(candidates, repeats=20):
+def bench(candidates, seconds=3.0):
     """{name: function} -> {name: median seconds}: the candidates take turns, so that a noisy machine is noisy for all."""
-    times = {name: [] for name in candidates}
-    for i in range(repeats + 3):                                   # 3 rounds of warm-up
+    times, start = {name: [] for name in candidates}, time.perf_counter()
+    for i in itertools.count():
         for name, run in candidates.items():
-            start = time.perf_counter()
+            begin = time.perf_counter()
             run()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            if i >= 3:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(t) for name, t in times.items()}
+            times[name].append(time.perf_counter() - begin)
+        if i == 1:                                                 # two rounds of warm-up, compilation included
+            times, start = {name: [] for name in candidates}, time.perf_counter()
+        if i >= 4 and time.perf_counter() - start > seconds:
+            return {name: statistics.median(t) for name, t in times.items()}
 
 
 def forward_backward(layer, x):
