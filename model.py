@@ -9,6 +9,7 @@ Copy      this file, block.py, dynsiha.py and spl.py.
 Run       python model.py
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -80,10 +81,12 @@ class Transformer(nn.Module):
         return peak and 3 * self.flops_per_token(T) * tokens_per_s / peak
 
     @torch.inference_mode()
-    def generate(self, tokens, lengths, pos, task, view, max_new, end, advance, return_logits=False):
+    def generate(self, tokens, lengths, pos, task, view, max_new, end, advance, limit=math.inf,
+                 return_logits=False):
         """Greedy continuation of right-padded prompts, all rows at once -> (B, N <= max_new) tokens, `end` after the end.
 
-        tokens (B, P), lengths (B,), pos (B, P, A); advance(token (B,), pos (B, A)) is the next token's position.
+        tokens (B, P), lengths (B,), pos (B, P, A); advance(token (B,), pos (B, A)) is the next token's position;
+        a row that leaves `limit` on any axis has ended too.
         New tokens are cached in the columns after P for every row. Positions travel as angles, so a column means
         nothing: the mask alone says that a row's padding, columns lengths..P, is never read.
         """
@@ -99,7 +102,7 @@ class Transformer(nn.Module):
         for column in range(P, P + max_new):
             now = advance(token, now)                                                 # (B, A)
             token = logits.argmax(-1).masked_fill(done, end)                          # (B,)
-            done = done | (token == end)
+            done = done | (token == end) | (now > limit).any(-1)
             out.append(token)
             all_logits.append(logits)
             if done.all() or column == P + max_new - 1:

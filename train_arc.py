@@ -286,39 +286,48 @@ def free_colours(task, permute=True):
 
 
 # ---------------------------------------------------------------------------------------------- answers and scores
-def answer(model, prompts, free, c, amp, device):
+def answer(model, prompts, free, c, amp):
     """prompts [(task, input grid)] -> for each the list of grids decoded in 8 views x c.colour_votes colour tables.
 
-    Each grid is turned and coloured back; invalid outputs are left out. The first table of each task changes nothing.
+    Each grid is turned and coloured back; invalid outputs are left out. The first table of a task changes nothing.
     """
-    rng, jobs = np.random.default_rng(c.seed), []                     # (prompt, view, colour table, tokens)
+    rng, jobs = np.random.default_rng(c.seed), []                       # (prompt, task, view, colour table, tokens)
     for n, (task, grid) in enumerate(prompts):
         tables = colour_permutations(np.repeat(free[task][None], c.colour_votes, 0), rng)
         tables[0] = np.arange(N_VOCAB)
-        jobs += [(n, view, table, table[encode_prompt(view_grid(grid, view))]) for table in tables for view in range(N_DIHEDRAL)]
-    found = [{} for _ in prompts]
-    longest_first = sorted(range(len(jobs)), key=lambda j: -len(jobs[j][3]))
+        jobs += [(n, task, v, table, table[encode_prompt(view_grid(grid, v))]) for table in tables for v in range(N_DIHEDRAL)]
+    grids, order = [None] * len(jobs), sorted(range(len(jobs)), key=lambda j: -len(jobs[j][-1]))
     with tqdm(total=len(jobs), desc="decode", unit="grid", dynamic_ncols=True) as bar:
-        while longest_first:
-            columns = min(len(jobs[longest_first[0]][3]) + MAX_OUTPUT, c.max_tokens)
-            size = max(1, c.decode_tokens // columns)
-            part, longest_first = longest_first[:size], longest_first[size:]
-            lengths = np.array([len(jobs[j][3]) for j in part])
-            tokens = np.full((len(part), lengths.max()), END)
-            for row, j in zip(tokens, part):
-                row[:len(jobs[j][3])] = jobs[j][3]
-            task, view = np.array([prompts[jobs[j][0]][0] for j in part]), np.array([jobs[j][1] for j in part])
-            tokens, lengths, task, view = (to_device(a, device) for a in (tokens, lengths, task, view))
-            room = min(MAX_OUTPUT, c.max_tokens - int(lengths.min()))  # from the format and the flags, never from the answer
-            with amp(), torch.compiler.set_stance("force_eager"):
-                out = model.generate(tokens, lengths, positions(tokens), task, view, room, END, advance).cpu().numpy()
-            for j, row in zip(part, out):
-                n, view, table, _ = jobs[j]
-                grid = decode_grid(np.argsort(table)[row])
-                if grid is not None:
-                    found[n][j] = unview_grid(grid, view)
+        while order:
+            longest = len(jobs[order[0]][-1])
+            rows = max(1, c.decode_tokens // min(longest + MAX_OUTPUT, c.max_tokens))
+            part, order = order[:rows], order[rows:]
+            for j, tokens in zip(part, decode([jobs[j] for j in part], model, c, amp)):
+                _, _, view, table, _ = jobs[j]
+                grid = decode_grid(np.argsort(table)[tokens])
+                grids[j] = grid if grid is None else unview_grid(grid, view)
             bar.update(len(part))
-    return [[grids[j] for j in sorted(grids)] for grids in found]     # in the order of the jobs: ties depend on it
+    found = [[] for _ in prompts]
+    for (n, *_), grid in zip(jobs, grids):                              # in the order of the jobs: ties depend on it
+        found[n] += [] if grid is None else [grid]
+    return found
+
+
+def decode(jobs, model, c, amp):
+    """Greedy outputs of one batch of jobs, longest prompt first: (B, N) tokens, closed by <end>.
+
+    The bound on N comes from the format and the flags, never from the answer.
+    """
+    device = model.head.weight.device
+    lengths = np.array([len(prompt) for *_, prompt in jobs])
+    tokens = np.full((len(jobs), lengths[0]), END)
+    for row, (*_, prompt) in zip(tokens, jobs):
+        row[:len(prompt)] = prompt
+    task, view = np.array([[task, view] for _, task, view, _, _ in jobs]).T
+    tokens, lengths, task, view = (to_device(array, device) for array in (tokens, lengths, task.copy(), view.copy()))
+    most = min(MAX_OUTPUT, c.max_tokens - int(lengths[-1]))
+    with amp(), torch.compiler.set_stance("force_eager"):
+        return model.generate(tokens, lengths, positions(tokens), task, view, most, END, advance, MAX_SIDE).cpu().numpy()
 
 
 def vote(grids):
@@ -374,25 +383,21 @@ def evaluate(model, pairs, batch_tokens, amp):
 
 
 def make_optimizers(model, c):
-    """The blocks' matrices under Muon or AdamW, with decay; embeddings, head and vectors under AdamW, without."""
+    """Matrices of the blocks under AdamW or Muon, with decay; embeddings, head and vectors under AdamW, without."""
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
-    known = {id(p) for p in matrices}
-    groups = [{"params": [p for p in model.parameters() if id(p) not in known], "weight_decay": 0.0, "lr": c.lr}]
-    optimizers = []
+    ids = {id(p) for p in matrices}
+    groups = [{"params": [p for p in model.parameters() if id(p) not in ids], "lr": c.embedding_lr, "weight_decay": 0.0}]
     if c.muon_lr:
-        optimizers.append(torch.optim.Muon(matrices, lr=c.muon_lr, weight_decay=c.weight_decay, adjust_lr_fn="match_rms_adamw"))
+        optimizers = [torch.optim.Muon(matrices, c.muon_lr, c.weight_decay, adjust_lr_fn="match_rms_adamw")]
     else:
-        groups.append({"params": matrices, "weight_decay": c.weight_decay, "lr": c.lr})
-    optimizers.append(torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True))
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["peak"] = group["lr"]
-    return optimizers
+        groups.append({"params": matrices, "lr": c.lr, "weight_decay": c.weight_decay})
+        optimizers = []
+    return optimizers + [torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)]
 
 
 # ---------------------------------------------------------------------------------------------- flags
-def flag(default, text):
-    return field(default=default, metadata={"help": text})
+def flag(default, text, least=0, most=1e9):
+    return field(default=default, metadata={"help": text, "least": least, "most": most})
 
 
 @dataclass
@@ -402,41 +407,46 @@ class Run:
     dense: bool = flag(False, "the dense control: nn.Linear attention and a 4x GELU FFN")
     data: str = flag("data/arc-agi-1", "folder of the task set, in the Kaggle or the GitHub layout")
     extra: str = flag("", "folder of more tasks to train on; those of the evaluation split are dropped")
-    out: str = flag("", "folder of this run; empty: runs/<arm>-<time>")
+    out: str = flag("", "folder of this run; empty: runs/ARM-TIME")
     resume: str = flag("", "folder of a stopped run to go on with, under its own flags")
-    heldout: bool = flag(True, "hold out the training split's test pairs; --no-heldout trains on them, for a final score")
+    heldout: bool = flag(True, "hold out the training split's test pairs, for tuning; without, train on them too")
     score: bool = flag(True, "answer and score the evaluation split at the end")
-    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
+    device: str = flag("auto", "cpu, cuda, or auto: cuda where there is one")
     seed: int = flag(0, "seed of weights, order, views and colours")
-    minutes: float = flag(None, "training budget in minutes; scoring comes on top")
+    minutes: float = flag(None, "training budget in minutes; scoring comes on top", 0.01)
     steps: int = flag(0, "training budget in steps, in place of minutes")
-    d_model: int = flag(None, "width D")
-    n_head: int = flag(None, "heads H")
-    n_layer: int = flag(None, "layers L")
-    ffn_factor: int = flag(1, "hidden width of MoIE over D")
-    dropout: float = flag(None, "dropout on each branch")
-    max_tokens: int = flag(None, "longest sequence; longer pairs are not trained on, and count as wrong in the score")
-    batch_tokens: int = flag(None, "tokens per batch, padding included")
-    lr: float = flag(None, "peak learning rate")
-    muon_lr: float = flag(0.0, "learning rate of Muon for the blocks' matrices; 0: AdamW for all")
+    d_model: int = flag(None, "width D", 2)
+    n_head: int = flag(None, "heads H", 1)
+    n_layer: int = flag(None, "layers L", 1)
+    ffn_factor: int = flag(1, "hidden width of MoIE over D", 1)
+    dropout: float = flag(None, "dropout on each branch", 0, 0.99)
+    max_tokens: int = flag(None, "longest sequence; longer pairs are not trained on, and count as wrong in the score", 1)
+    batch_tokens: int = flag(None, "tokens per batch, padding included", 1)
+    lr: float = flag(None, "peak learning rate of the blocks' matrices", 1e-7)
+    embedding_lr: float = flag(None, "peak learning rate of embeddings, head and vectors", 1e-7)
+    muon_lr: float = flag(0.0, "peak learning rate of Muon for the blocks' matrices, in place of AdamW's --lr")
     weight_decay: float = flag(0.1, "decay of the blocks' matrices")
-    warmup: float = flag(0.02, "share of the budget in which the learning rate rises")
-    decay: float = flag(None, "share of the budget in which it falls to 0")
-    clip: float = flag(1.0, "largest gradient norm")
+    warmup: float = flag(0.02, "share of the budget in which the learning rate rises", 0, 1)
+    decay: float = flag(0.5, "share of the budget in which it falls to 0", 0, 1)
+    clip: float = flag(1.0, "largest gradient norm", 1e-6)
     permute_colours: bool = flag(True, "permute a task's input colours in training")
-    decode_tokens: int = flag(None, "tokens of a decoding batch, rows times columns of its cache")
-    colour_votes: int = flag(1, "colour tables each of the 8 views votes under")
-    dtype: str = flag(None, "float32 or bfloat16 (autocast)")
-    compile: bool = flag(None, "torch.compile the training step")
-    log_every: int = flag(20, "steps between lines of the log")
-    save_minutes: float = flag(5.0, "minutes between checkpoints")
+    colour_votes: int = flag(None, "colour tables under which each of the 8 views votes", 1)
+    decode_tokens: int = flag(None, "size of a decoding batch: rows times columns of the cache", 1)
+    dtype: str = flag(None, "float32, or bfloat16 by autocast")
+    compile: bool = flag(None, "torch.compile the blocks")
+    log_every: int = flag(20, "steps between lines of the log", 1)
+    save_minutes: float = flag(5.0, "minutes between checkpoints", 0.01)
+
+    @property
+    def arm(self):
+        return "dense" if self.dense else "ffn" if self.ffn else "no-ffn"
 
 
 DEFAULTS = {
     "cpu": dict(minutes=10.0, d_model=128, n_head=2, n_layer=4, dropout=0.0, max_tokens=150, batch_tokens=768, lr=5e-3,
-                decay=0.5, decode_tokens=2**15, dtype="float32", compile=False),
-    "cuda": dict(minutes=20.0, d_model=768, n_head=12, n_layer=10, dropout=0.1, max_tokens=1863, batch_tokens=32768, lr=1e-3,
-                 decay=0.5, decode_tokens=2**20, dtype="bfloat16", compile=True),
+                embedding_lr=5e-3, colour_votes=4, decode_tokens=2**15, dtype="float32", compile=False),
+    "cuda": dict(minutes=20.0, d_model=768, n_head=12, n_layer=10, dropout=0.1, max_tokens=1863, batch_tokens=2**15, lr=2e-3,
+                 embedding_lr=2e-3, colour_votes=1, decode_tokens=2**20, dtype="bfloat16", compile=True),
 }
 
 
@@ -444,37 +454,32 @@ def parse(argv=None):
     """The flags as a Run, and the checkpoint to go on from or None."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     for f in fields(Run):
-        shown = f.default if f.default is not None else "cpu {}, cuda {}".format(*(d[f.name] for d in DEFAULTS.values()))
+        default = f.default if f.default is not None else "cpu {}, cuda {}".format(*(d[f.name] for d in DEFAULTS.values()))
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
         parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
-                            help=f"{f.metadata['help']} (default: {shown})", **kind)
+                            help=f"{f.metadata['help']} (default: {default})", **kind)
     given = vars(parser.parse_args(argv))
     if "resume" in given:
-        folder = given["resume"]
-        state = load_checkpoint(Path(folder) / "checkpoint.pt")
-        return Run(**state["config"] | {"out": folder, "resume": folder}), state
-    device = given.get("device", Run.device).split(":")[0]
-    if device not in DEFAULTS or device == "cuda" and not torch.cuda.is_available():
-        raise DataError(f"--device {given['device']}: not available here")
-    c = Run(**DEFAULTS[device] | given)
-    check_flags(c)
-    arm = "dense" if c.dense else "ffn" if c.ffn else "no-ffn"
-    c.out = c.out or time.strftime(f"runs/{arm}-%Y%m%d-%H%M%S")
+        state = load_checkpoint(Path(given["resume"]) / "checkpoint.pt")
+        return Run(**state["config"] | {"out": given["resume"]}), state
+    device = given.get("device", "auto")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.split(":")[0] not in DEFAULTS or device != "cpu" and not torch.cuda.is_available():
+        raise DataError(f"--device {device}: not available here; expected cpu" + ", cuda" * torch.cuda.is_available())
+    c = Run(**DEFAULTS[device.split(":")[0]] | given | {"device": device})
+    check(c)
+    c.out = c.out or time.strftime(f"runs/{c.arm}-%Y%m%d-%H%M%S")
     if Path(c.out).is_dir() and any(Path(c.out).iterdir()):
         raise DataError(f"--out {c.out}: holds a run already; go on with --resume {c.out}, or name another folder")
     return c, None
 
 
-def check_flags(c):
-    positive = ("d_model", "n_head", "n_layer", "ffn_factor", "max_tokens", "batch_tokens", "decode_tokens", "colour_votes",
-                "lr", "clip", "log_every", "save_minutes") + (() if c.steps else ("minutes",))
-    for name in positive:
-        if not 0 < getattr(c, name) < math.inf:
-            raise DataError(f"--{name.replace('_', '-')} {getattr(c, name)}: expected more than 0")
-    for name, most in (("steps", math.inf), ("muon_lr", math.inf), ("weight_decay", math.inf), ("seed", 2**63),
-                       ("warmup", 1), ("decay", 1), ("dropout", 1)):
-        if not 0 <= getattr(c, name) < most + (most == 1 and name != "dropout"):
-            raise DataError(f"--{name.replace('_', '-')} {getattr(c, name)}: expected 0 to {most}")
+def check(c):
+    for f in fields(c):
+        name, value, least, most = "--" + f.name.replace("_", "-"), getattr(c, f.name), f.metadata["least"], f.metadata["most"]
+        if f.type in (int, float) and not least <= value <= most:
+            raise DataError(f"{name} {value}: expected {least:g} to {most:g}")
     if c.d_model % (2 * c.n_head):
         raise DataError(f"--d-model {c.d_model}: expected a multiple of twice --n-head {c.n_head}")
     if c.dtype not in ("float32", "bfloat16"):
@@ -572,7 +577,6 @@ def main(argv=None):
     torch.manual_seed(c.seed)
     torch.set_float32_matmul_precision("high")          # TF32 where bfloat16 does not reach
     amp = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=c.dtype == "bfloat16")
-    arm = "dense" if c.dense else "ffn" if c.ffn else "no-ffn"
     out = Path(c.out)
 
     # ---- data and model
@@ -592,9 +596,11 @@ def main(argv=None):
         restore(state, model, optimizers)
         step, seconds = state["step"], state["seconds"]
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    for group in groups:
+        group.setdefault("peak", group["lr"])
     out.mkdir(parents=True, exist_ok=True)
     save(out / "config.json", lambda file: file.write(json.dumps(asdict(c), indent=1).encode()))
-    print(f"{arm} on {device}: D={c.d_model} H={c.n_head} L={c.n_layer}, {model.n_params() / 1e6:.2f} M parameters; "
+    print(f"{c.arm} on {device}: D={c.d_model} H={c.n_head} L={c.n_layer}, {model.n_params() / 1e6:.2f} M parameters; "
           f"{len(pairs.task)} pairs of at most {c.max_tokens} tokens; "
           + (f"{c.steps} steps" if c.steps else f"{c.minutes:g} minutes") + f" of {c.batch_tokens} tokens, {c.dtype}"
           + (", compiled" if c.compile else "") + f"; into {out}  (any flag changes this: --help)")
@@ -664,7 +670,7 @@ def main(argv=None):
     index, trained = {name: n for n, name in enumerate(names)}, set(pairs.task)
     asked = {(name, i): (index[name], grid) for name, task in evaluation.items() for i, grid in enumerate(task.test)}
     tried = {key: prompt for key, prompt in asked.items() if prompt[0] in trained and prompt_tokens(prompt[1]) < c.max_tokens}
-    answers = dict(zip(tried, answer(model, list(tried.values()), free, c, amp, device)))
+    answers = dict(zip(tried, answer(model, list(tried.values()), free, c, amp)))
     submission = {name: [vote(answers.get((name, i), [])) for i in range(len(task.test))] for name, task in evaluation.items()}
     save(out / "submission.json", lambda file: file.write(json.dumps(submission).encode()))
     (pass1, pass2), solved = score(submission, read_solutions(c.data, "evaluation", evaluation))
