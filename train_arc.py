@@ -159,36 +159,36 @@ def read_split(folder, split):
     return raw
 
 
+def read_grids(raw, part, key, where):
+    """The grids raw[part][i][key] of one task."""
+    pairs = raw.get(part) if isinstance(raw, dict) else None
+    if not isinstance(pairs, list) or not pairs:
+        raise DataError(f"{where}: no {part!r} pairs; expected a list of at least one")
+    for i, pair in enumerate(pairs):
+        if not isinstance(pair, dict) or key not in pair:
+            raise DataError(f"{where}: {part} {i} has no {key!r}")
+    return [read_grid(pair[key], f"{where}: {part} {i} {key}") for i, pair in enumerate(pairs)]
+
+
 def read_tasks(folder, split):
     """{id: Task} of one split. Test outputs, where a file has them, are left unread."""
     tasks = {}
     for name, (file, raw) in read_split(folder, split).items():
-        where = f"{file}: task {name}"
-
-        def grids(part, key):
-            pairs = raw.get(part) if isinstance(raw, dict) else None
-            if not isinstance(pairs, list) or not pairs:
-                raise DataError(f"{where}: no {part!r} pairs; expected a list of at least one")
-            for i, pair in enumerate(pairs):
-                if not isinstance(pair, dict) or key not in pair:
-                    raise DataError(f"{where}: {part} {i} has no {key!r}")
-            return [read_grid(pair[key], f"{where}: {part} {i} {key}") for i, pair in enumerate(pairs)]
-
-        tasks[name] = Task(list(zip(grids("train", "input"), grids("train", "output"))), grids("test", "input"))
+        inputs, outputs, tests = (read_grids(raw, part, key, f"{file}: task {name}")
+                                  for part, key in (("train", "input"), ("train", "output"), ("test", "input")))
+        tasks[name] = Task(list(zip(inputs, outputs)), tests)
     return tasks
 
 
 def read_solutions(folder, split, tasks):
     """{id: [test output, ...]} for each of `tasks`: from the split's solutions file, or inline in its task files."""
-    file = Path(folder) / f"arc-agi_{split}_solutions.json"
-    if (Path(folder) / f"arc-agi_{split}_challenges.json").exists():
-        found = {name: (file, outputs) for name, outputs in read_object(file).items()}
-    else:
-        found = {name: (file, [pair.get("output") for pair in raw["test"]])
-                 for name, (file, raw) in read_split(folder, split).items()}
-    solutions = {}
+    if not (Path(folder) / f"arc-agi_{split}_challenges.json").exists():
+        return {name: read_grids(raw, "test", "output", f"{file}: task {name}")
+                for name, (file, raw) in read_split(folder, split).items()}
+    file, solutions = Path(folder) / f"arc-agi_{split}_solutions.json", {}
+    found = read_object(file)
     for name, task in tasks.items():
-        file, outputs = found.get(name, (file, None))
+        outputs = found.get(name)
         if not isinstance(outputs, list) or len(outputs) != len(task.test):
             count = len(outputs) if isinstance(outputs, list) else "no"
             raise DataError(f"{file}: task {name}: {count} solutions; expected {len(task.test)}")
@@ -386,7 +386,7 @@ def make_optimizers(model, c):
     """Matrices of the blocks under AdamW or Muon, with decay; embeddings, head and vectors under AdamW, without."""
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
     ids = {id(p) for p in matrices}
-    groups = [{"params": [p for p in model.parameters() if id(p) not in ids], "lr": c.embedding_lr, "weight_decay": 0.0}]
+    groups = [{"params": [p for p in model.parameters() if id(p) not in ids], "lr": c.lr, "weight_decay": 0.0}]
     if c.muon_lr:
         optimizers = [torch.optim.Muon(matrices, c.muon_lr, c.weight_decay, adjust_lr_fn="match_rms_adamw")]
     else:
@@ -422,8 +422,7 @@ class Run:
     dropout: float = flag(None, "dropout on each branch", 0, 0.99)
     max_tokens: int = flag(None, "longest sequence; longer pairs are not trained on, and count as wrong in the score", 1)
     batch_tokens: int = flag(None, "tokens per batch, padding included", 1)
-    lr: float = flag(None, "peak learning rate of the blocks' matrices", 1e-7)
-    embedding_lr: float = flag(None, "peak learning rate of embeddings, head and vectors", 1e-7)
+    lr: float = flag(None, "peak learning rate", 1e-7)
     muon_lr: float = flag(0.0, "peak learning rate of Muon for the blocks' matrices, in place of AdamW's --lr")
     weight_decay: float = flag(0.1, "decay of the blocks' matrices")
     warmup: float = flag(0.02, "share of the budget in which the learning rate rises", 0, 1)
@@ -444,9 +443,9 @@ class Run:
 
 DEFAULTS = {
     "cpu": dict(minutes=10.0, d_model=128, n_head=2, n_layer=4, dropout=0.0, max_tokens=150, batch_tokens=768, lr=5e-3,
-                embedding_lr=5e-3, colour_votes=4, decode_tokens=2**15, dtype="float32", compile=False),
+                colour_votes=4, decode_tokens=2**15, dtype="float32", compile=False),
     "cuda": dict(minutes=20.0, d_model=768, n_head=12, n_layer=10, dropout=0.1, max_tokens=1863, batch_tokens=2**15, lr=2e-3,
-                 embedding_lr=2e-3, colour_votes=1, decode_tokens=2**20, dtype="bfloat16", compile=True),
+                 colour_votes=1, decode_tokens=2**20, dtype="bfloat16", compile=True),
 }
 
 
@@ -550,24 +549,15 @@ def load_checkpoint(path):
         raise DataError(f"{path}: not a checkpoint of this program: {str(e).partition(chr(10))[0]}") from None
 
 
-class Log:
-    """log.csv in the run's folder, a flushed line per logging step; a resumed run drops the lines after its checkpoint."""
-    columns = ("step", "epoch", "seconds", "lr", "loss", "grad_norm", "tokens_per_s", "padding",
-               "heldout_loss", "heldout_tokens", "heldout_grids")
-
-    def __init__(self, path, step):
-        old = []
-        if path.exists():
-            with open(path, newline="") as file:
-                old = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
-        self.file = open(path, "w", newline="")
-        self.writer = csv.DictWriter(self.file, self.columns)
-        self.writer.writeheader()
-        self.writer.writerows(old)
-
-    def add(self, **row):
-        self.writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-        self.file.flush()
+def open_log(path, step):
+    """(file, csv writer) of log.csv. A resumed run keeps the lines up to its checkpoint and appends."""
+    kept = [row for row in csv.DictReader(open(path, newline="")) if int(row["step"]) <= step] if path.exists() else []
+    file = open(path, "w", newline="")
+    writer = csv.DictWriter(file, ("step", "epoch", "seconds", "lr", "loss", "grad_norm", "tokens_per_s", "padding",
+                                   "heldout_loss", "heldout_tokens", "heldout_grids"))
+    writer.writeheader()
+    writer.writerows(kept)
+    return file, writer
 
 
 # ---------------------------------------------------------------------------------------------- main
@@ -606,11 +596,12 @@ def main(argv=None):
           + (", compiled" if c.compile else "") + f"; into {out}  (any flag changes this: --help)")
 
     # ---- train
-    log, held, shown = Log(out / "log.csv", step), 0.0, {}
-    tokens = padding = rows = 0
-    stop = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.append(1))
+    def checkpoint():
+        save(out / "checkpoint.pt", functools.partial(torch.save, snapshot(c, model, optimizers, step, seconds)))
+
+    file, log = open_log(out / "log.csv", step)
+    tokens, padding, rows, held, shown, stop = 0, 0, 0, 0.0, {}, []
+    handlers = {number: signal.signal(number, lambda *_: stop.append(1)) for number in (signal.SIGINT, signal.SIGTERM)}
     start = clock = saved = time.perf_counter()
     start -= seconds
     bar = tqdm(total=100, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}", dynamic_ncols=True)
@@ -644,7 +635,8 @@ def main(argv=None):
                 held = used + 0.05
                 row |= zip(("heldout_loss", "heldout_tokens", "heldout_grids"), evaluate(model, heldout, c.batch_tokens, amp))
                 shown["held-out"] = f"{row['heldout_loss']:.3f}"
-            log.add(**row)
+            log.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
+            file.flush()
             shown |= {"loss": f"{row['loss']:.3f}", "tok/s": f"{row['tokens_per_s']:.0f}"}
             if mfu := model.mfu(row["tokens_per_s"], tokens / rows):
                 shown["MFU"] = f"{mfu:.0%}"
@@ -653,10 +645,13 @@ def main(argv=None):
             tokens = padding = rows = 0
             clock = time.perf_counter()
         if time.perf_counter() - saved > 60 * c.save_minutes:
-            save(out / "checkpoint.pt", functools.partial(torch.save, snapshot(c, model, optimizers, step, seconds)))
+            checkpoint()
             saved = time.perf_counter()
     bar.close()
-    save(out / "checkpoint.pt", functools.partial(torch.save, snapshot(c, model, optimizers, step, seconds)))
+    file.close()
+    checkpoint()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     if stop:
         print(f"stopped at step {step}; go on with: python train_arc.py --resume {out}")
         return
@@ -684,3 +679,5 @@ if __name__ == "__main__":
     except DataError as fault:
         print(f"error: {fault}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit("interrupted; what was trained is saved, and --resume goes on")
