@@ -65,7 +65,7 @@ class DynSIHA(nn.Module):
         self.q, self.k, self.v, self.o = (linear(d_model, d_model) for _ in range(4))
 
     def forward(self, x, rope, cache=None, mask=None):
-        """rope: (cos, sin) of `rotary`. mask (B, 1, T, S): the columns each token may read; None means causal."""
+        """rope: (cos, sin) of `rotary`. mask (B, 1, T, S): the columns each token may read; None, with nothing cached: causal."""
         B, T, D = x.shape
         q, k, v = (f(x).view(B, T, self.n_head, -1).transpose(1, 2) for f in (self.q, self.k, self.v))  # (B, H, T, h)
         q, k = rotate(q, *rope), rotate(k, *rope)

@@ -28,9 +28,12 @@ from torch import nn
 
 
 class _MAS(torch.autograd.Function):
-    """mas with its derivative by hand: it keeps one tensor, and no comparison of a value with its rounded maximum.
+    """mas with its derivative by hand:
 
     n = z / max|z|;  dL/dz_i = (g_i·[n_i > 0] − [|n_i| = 1]·n_i·Σ_k g_k relu(n_k) / ties) / max|z|
+
+    Autograd's amax looks for the entry that equals the maximum. Compiled in bfloat16 one of the two is rounded, none is
+    found, and 0/0 makes the gradient NaN; so |n_i| = 1 is taken to a rounding error here.
     """
 
     @staticmethod
@@ -45,7 +48,7 @@ class _MAS(torch.autograd.Function):
     def backward(ctx, g):
         n, peak = ctx.saved_tensors
         g = g * (n > 0)
-        top = (n.abs() >= 1).to(n.dtype)
+        top = (n.abs() >= 1 - 2 * torch.finfo(n.dtype).eps).to(n.dtype)
         share = (g * n).sum(-1, keepdim=True) / top.sum(-1, keepdim=True).clamp_min(1)
         return (g - top * n * share) / peak
 
@@ -55,13 +58,18 @@ def mas_normalize(z):
     return _MAS.apply(z)
 
 
+def mas_reference(z):
+    """The same, as the formula stands and through autograd: what the fast one is tested against."""
+    return F.relu(z / z.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(z.dtype).tiny))
+
+
 def spl_reference(x, mu_weight, mu_bias, proto_weight, gate_weight):
     """SPL as the equations stand, one product per line. Returns (Y_out, logits, M), each (..., D_out)."""
     Y_comp = x @ mu_weight.T + mu_bias
     V_match = x @ proto_weight.T / math.sqrt(x.shape[-1])
     L_gate = x @ gate_weight.T
-    logits = V_match - mas_normalize(L_gate)
-    M = mas_normalize(logits)
+    logits = V_match - mas_reference(L_gate)
+    M = mas_reference(logits)
     return Y_comp * M, logits, M
 
 

@@ -22,6 +22,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 import signal
 import sys
 import time
@@ -125,8 +126,6 @@ def read_object(path):
     """The JSON object in `path`."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise DataError(f"{path}: {e.strerror}") from None
     except (ValueError, RecursionError) as e:
         raise DataError(f"{path}: not JSON: {e}") from None
     if not isinstance(value, dict):
@@ -274,6 +273,8 @@ def plan_epoch(pairs, batch_tokens, rng):
         if (i + 1 - first) * (length[order[i]] - 1) > batch_tokens and i > first:
             cuts.append(i)
             first = i
+    if first == n - 1 and cuts:
+        cuts.pop()                                  # a last lone pair joins the batch before: one row compiles anew
     parts = np.split(order, cuts)
     return [(parts[i], view[parts[i]], colours[parts[i]]) for i in rng.permutation(len(parts))]
 
@@ -324,7 +325,7 @@ def decode(jobs, model, c, amp):
     for row, (*_, prompt) in zip(tokens, jobs):
         row[:len(prompt)] = prompt
     task, view = np.array([[task, view] for _, task, view, _, _ in jobs]).T
-    tokens, lengths, task, view = (to_device(array, device) for array in (tokens, lengths, task.copy(), view.copy()))
+    tokens, lengths, task, view = (to_device(array, device) for array in (tokens, lengths, task, view))
     most = min(MAX_OUTPUT, c.max_tokens - int(lengths[-1]))
     with amp(), torch.compiler.set_stance("force_eager"):
         return model.generate(tokens, lengths, positions(tokens), task, view, most, END, advance, MAX_SIDE).cpu().numpy()
@@ -343,7 +344,7 @@ def score(submission, solutions):
     for mark, (name, outputs) in zip(marks, solutions.items()):
         answers = submission.get(name, [])
         for output, given in zip(outputs, answers):
-            hits = [given[key] == output.tolist() for key in ("attempt_1", "attempt_2")]
+            hits = [given.get(key) == output.tolist() for key in ("attempt_1", "attempt_2")]
             mark += np.array([hits[0], any(hits)]) / len(outputs)
     return marks.mean(0), int((marks[:, 1] > 1 - 1e-9).sum())
 
@@ -355,11 +356,7 @@ def task_loss(model, tokens, pos, task, view, targets):
 
 def rate(used, warmup, decay):
     """Learning-rate factor when the fraction `used` of the budget is gone: linear up, constant, linear down to 0."""
-    if used < warmup:
-        return used / warmup
-    if used > 1 - decay:
-        return max(0.0, (1 - used) / decay)
-    return 1.0
+    return min(1.0, used / warmup if warmup else 1.0, max(0.0, 1 - used) / decay if decay else 1.0)
 
 
 @torch.no_grad()
@@ -372,7 +369,7 @@ def evaluate(model, pairs, batch_tokens, amp):
     model.eval()
     for index in np.split(order, range(size, n, size)):
         *inputs, targets = pairs.batch(index, np.zeros_like(index), np.tile(same, (len(index), 1)))
-        with amp():
+        with amp(), torch.compiler.set_stance("force_eager"):
             logits = model(*inputs).float()
         scored, right = targets != IGNORE, logits.argmax(-1) == targets
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
@@ -443,7 +440,7 @@ class Run:
 
 DEFAULTS = {
     "cpu": dict(minutes=10.0, d_model=128, n_head=2, n_layer=4, dropout=0.0, max_tokens=150, batch_tokens=768, lr=5e-3,
-                colour_votes=4, decode_tokens=2**15, dtype="float32", compile=False),
+                colour_votes=4, decode_tokens=2**15, dtype="float32", compile=bool(sys.platform == "linux" and shutil.which("g++"))),
     "cuda": dict(minutes=20.0, d_model=768, n_head=12, n_layer=10, dropout=0.1, max_tokens=1863, batch_tokens=2**15, lr=2e-3,
                  colour_votes=1, decode_tokens=2**20, dtype="bfloat16", compile=True),
 }
@@ -460,15 +457,15 @@ def parse(argv=None):
     given = vars(parser.parse_args(argv))
     if "resume" in given:
         state = load_checkpoint(Path(given["resume"]) / "checkpoint.pt")
-        return Run(**state["config"] | {"out": given["resume"]}), state
+        c = Run(**state["config"] | {"out": given["resume"]})
+        check(c)
+        return c, state
     device = given.get("device", "auto")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.split(":")[0] not in DEFAULTS or device != "cpu" and not torch.cuda.is_available():
-        raise DataError(f"--device {device}: not available here; expected cpu" + ", cuda" * torch.cuda.is_available())
-    c = Run(**DEFAULTS[device.split(":")[0]] | given | {"device": device})
+    c = Run(**DEFAULTS.get(device, DEFAULTS["cpu"]) | given | {"device": device})
     check(c)
-    c.out = c.out or time.strftime(f"runs/{c.arm}-%Y%m%d-%H%M%S")
+    c.out = c.out or time.strftime(f"runs/{c.arm}-seed{c.seed}-%Y%m%d-%H%M%S")
     if Path(c.out).is_dir() and any(Path(c.out).iterdir()):
         raise DataError(f"--out {c.out}: holds a run already; go on with --resume {c.out}, or name another folder")
     return c, None
@@ -479,6 +476,10 @@ def check(c):
         name, value, least, most = "--" + f.name.replace("_", "-"), getattr(c, f.name), f.metadata["least"], f.metadata["most"]
         if f.type in (int, float) and not least <= value <= most:
             raise DataError(f"{name} {value}: expected {least:g} to {most:g}")
+    if c.dense and not c.ffn:
+        raise DataError("--dense --no-ffn: the dense control has its own FFN; name one of the two")
+    if c.device not in ("cpu",) + ("cuda",) * torch.cuda.is_available():
+        raise DataError(f"--device {c.device}: not available here; expected cpu" + ", cuda" * torch.cuda.is_available())
     if c.d_model % (2 * c.n_head):
         raise DataError(f"--d-model {c.d_model}: expected a multiple of twice --n-head {c.n_head}")
     if c.dtype not in ("float32", "bfloat16"):
@@ -487,9 +488,12 @@ def check(c):
 
 # ---------------------------------------------------------------------------------------------- runs
 def load_data(c, device):
-    """(names, free, pairs to train on, held-out pairs or None, evaluation tasks). No evaluation output is read here."""
+    """(names, free, pairs to train on, held-out pairs or None, evaluation tasks). No evaluation output is read or held here."""
     training, evaluation = read_tasks(c.data, "training"), read_tasks(c.data, "evaluation")
     solutions = read_solutions(c.data, "training", training)
+    if both := training.keys() & evaluation.keys():
+        raise DataError(f"{c.data}: task {min(both)} is in both splits")
+    twins = training.keys() - without_leaks(training, evaluation, {})      # ARC-1 has one: its tests are not to be seen
     extra = {}
     for split in ("training", "evaluation") if c.extra else ():
         new = read_tasks(c.extra, split)
@@ -498,7 +502,8 @@ def load_data(c, device):
         extra |= kept
     tasks = training | evaluation | extra
     demos = [(n, x, y) for n, task in enumerate(tasks.values()) for x, y in task.train]
-    tests = [(n, x, y) for n, (name, task) in enumerate(training.items()) for x, y in zip(task.test, solutions[name])]
+    tests = [(n, x, y) for n, (name, task) in enumerate(training.items()) if name not in twins
+             for x, y in zip(task.test, solutions[name])]
     demos, tests = ([pair for pair in pairs if pair_tokens(*pair[1:]) <= c.max_tokens] for pairs in (demos, tests))
     if not demos:
         raise DataError(f"{c.data}: no pair of at most {c.max_tokens} tokens; raise --max-tokens")
@@ -526,7 +531,7 @@ def save(path, write):
 
 def snapshot(c, model, optimizers, step, seconds):
     """Everything a run needs to go on as if it had not stopped."""
-    return {"config": asdict(c), "step": step, "seconds": seconds, "random": torch.get_rng_state(),
+    return {"config": asdict(c), "step": step, "seconds": seconds,
             "model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
 
 
@@ -535,18 +540,17 @@ def restore(state, model, optimizers):
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
-        torch.set_rng_state(state["random"])
     except (KeyError, RuntimeError, ValueError) as e:
         raise DataError(f"the checkpoint does not fit this model and data: {str(e).partition(chr(10))[0]}") from None
 
 
 def load_checkpoint(path):
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as e:
-        raise DataError(f"{path}: {e.strerror}") from None
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as e:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        Run(**state["config"])
+    except (KeyError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
         raise DataError(f"{path}: not a checkpoint of this program: {str(e).partition(chr(10))[0]}") from None
+    return state
 
 
 def open_log(path, step):
@@ -580,7 +584,6 @@ def main(argv=None):
         with amp():
             task_loss(model, *pairs.batch(*next(batches(pairs, c))[1])).backward()
         model.zero_grad()
-        torch.manual_seed(c.seed)
     step, seconds = 0, 0.0
     if state:
         restore(state, model, optimizers)
@@ -613,6 +616,8 @@ def main(argv=None):
         for group in groups:
             group["lr"] = group["peak"] * rate(used, c.warmup, c.decay)
 
+        torch.manual_seed((c.seed << 32) + step)        # dropout, too, follows from the seed and the step
+
         # ---- the step
         *inputs, targets = pairs.batch(*batch)
         with amp():
@@ -627,10 +632,11 @@ def main(argv=None):
         step, tokens, rows = step + 1, tokens + targets.numel(), rows + len(targets)
         padding += targets.numel() - int((pairs.length[batch[0], batch[1]] - 1).sum())
         if step % c.log_every == 0:
-            row = {"step": step, "epoch": epoch, "seconds": seconds, "lr": groups[0]["lr"], "loss": loss.item(),
+            row = {"step": step, "epoch": epoch, "loss": loss.item(), "lr": groups[0]["lr"], "seconds": time.perf_counter() - start,
                    "grad_norm": norm.item(), "tokens_per_s": tokens / (time.perf_counter() - clock), "padding": padding / tokens}
-            if not math.isfinite(row["loss"]):
-                raise DataError(f"step {step}: the loss is {row['loss']} at learning rate {row['lr']:.2g}; {out} keeps its last checkpoint")
+            if not math.isfinite(row["loss"] + row["grad_norm"]):
+                raise DataError(f"step {step}: loss {row['loss']}, gradient norm {row['grad_norm']}, learning rate {row['lr']:.2g}; "
+                                f"nothing was saved since the last checkpoint in {out}")
             if heldout and used >= held:
                 held = used + 0.05
                 row |= zip(("heldout_loss", "heldout_tokens", "heldout_grids"), evaluate(model, heldout, c.batch_tokens, amp))
@@ -644,9 +650,9 @@ def main(argv=None):
             bar.update(100 * used - bar.n)
             tokens = padding = rows = 0
             clock = time.perf_counter()
-        if time.perf_counter() - saved > 60 * c.save_minutes:
-            checkpoint()
-            saved = time.perf_counter()
+            if time.perf_counter() - saved > 60 * c.save_minutes:
+                checkpoint()
+                saved = time.perf_counter()
     bar.close()
     file.close()
     checkpoint()
@@ -669,6 +675,8 @@ def main(argv=None):
     submission = {name: [vote(answers.get((name, i), [])) for i in range(len(task.test))] for name, task in evaluation.items()}
     save(out / "submission.json", lambda file: file.write(json.dumps(submission).encode()))
     (pass1, pass2), solved = score(submission, read_solutions(c.data, "evaluation", evaluation))
+    result = {"pass@1": pass1, "pass@2": pass2, "solved": solved, "tasks": len(evaluation), "tried": len(tried), "asked": len(asked)}
+    save(out / "result.json", lambda file: file.write(json.dumps(result).encode()))
     print(f"evaluation: pass@1 {pass1:.2%}, pass@2 {pass2:.2%} (mean over a task's test outputs, then over the {len(evaluation)} "
           f"tasks), {solved} tasks solved whole; {len(tried)} of {len(asked)} test inputs were short enough to try")
 
@@ -676,8 +684,8 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except DataError as fault:
+    except (DataError, OSError) as fault:              # OSError names its file: missing, unreadable, disk full
         print(f"error: {fault}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit("interrupted; what was trained is saved, and --resume goes on")
+        sys.exit(130)
