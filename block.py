@@ -5,8 +5,8 @@
     x = x + MoIE(norm(x))                       only with the FFN; with f = 0 neither it nor its norm is built
 
 Symbols   D width, f = d_ffn / D, T tokens.
-Weights   DynSIHA 12·D², MoIE 6f·D². A standard block (nn.Linear, 4x FFN) has 4·D² + 8·D² = 12·D²: as many as the
-          block without FFN, which makes it the fair control.
+Weights   DynSIHA 12·D², MoIE 6f·D². A standard block (nn.Linear, 4x FFN) has 4·D² + 8·D² = 12·D²: as many as
+          the block without FFN, which makes it the fair control.
 Cost      with against without the FFN: 1 + 6f / (12 + 2T/D).
 Source    MoIE is the FFN of Tiny-ONN; pre-norm: Xiong et al. 2020, arXiv:2002.04745.
 Copy      this file, dynsiha.py and spl.py.
@@ -44,7 +44,7 @@ class DenseFFN(nn.Module):
 
 
 class Block(nn.Module):
-    """(B, T, D) -> (B, T, D). d_ffn = 0 leaves the FFN out; dense=True builds the control of nn.Linear layers."""
+    """(B, T, D) -> (B, T, D). d_ffn = 0 leaves the FFN out; dense=True builds the nn.Linear control."""
 
     def __init__(self, d_model, n_head, d_ffn=0, dense=False, dropout=0.0):
         super().__init__()
@@ -66,13 +66,14 @@ if __name__ == "__main__":
     B, D, H = 4, 256, 8
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(f"Block at B={B} D={D} on {device}, forward and backward: what leaving out the FFN saves")
-    print(f"{'T':>6} {'f':>3} {'weights':>9} {'without':>9} {'with':>9} {'speed-up':>9} {'formula':>8} {'dense control':>14}")
+    print(f"{'T':>6} {'f':>3} {'weights':>9} {'without':>9} {'with':>9} {'speed-up':>9} {'formula':>8} {'control':>11}")
     for T in (256, 1024):
         rope = rotary(torch.arange(T, device=device).expand(B, T)[..., None], D // H)
         x = torch.randn(B, T, D, device=device, requires_grad=True)
-        blocks = {f: Block(D, H, f * D).to(device) for f in (0, 1, 2, 4)} | {"dense": Block(D, H, 4 * D, dense=True).to(device)}
+        blocks = {f: Block(D, H, f * D).to(device) for f in (0, 1, 2, 4)}
+        blocks["dense"] = Block(D, H, 4 * D, dense=True).to(device)
         t = bench({f: forward_backward(lambda x, b=b: b(x, rope), x) for f, b in blocks.items()})
         for f in (1, 2, 4):
-            print(f"{T:6} {f:3} {12 + 6 * f:6}·D² {1000 * t[0]:6.1f} ms {1000 * t[f]:6.1f} ms {t[f] / t[0]:8.2f}x "
-                  f"{1 + 6 * f / (12 + 2 * T / D):7.2f}x {1000 * t['dense']:11.1f} ms")
+            print(f"{T:6} {f:3} {12 + 6 * f:6}·D² {1000 * t[0]:6.1f} ms {1000 * t[f]:6.1f} ms "
+                  f"{t[f] / t[0]:8.2f}x {1 + 6 * f / (12 + 2 * T / D):7.2f}x {1000 * t['dense']:8.1f} ms")
         assert blocks[0](x, rope).shape == x.shape

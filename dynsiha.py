@@ -4,9 +4,9 @@
     y       = softmax(rot(q) rot(k)ᵀ / √h + causal mask) v      horizontal attention: token -> tokens
     out     = SPL_o(y)
 
-It attends twice. Inside each SPL, vertically: x is the query, the rows of W_p are the keys and the rows of W_mu the
-values. Then horizontally, token to tokens. Read as a Bayesian update: (W_p, W_mu) is the prior, the sparse q, k, v
-the likelihood, the output the posterior.
+It attends twice. Inside each SPL, vertically: x is the query, the rows of W_p are the keys and the rows of W_mu
+the values. Then horizontally, token to tokens. Read as a Bayesian update: (W_p, W_mu) is the prior, the sparse
+q, k, v the likelihood, the output the posterior.
 
 Symbols   B batch, T tokens, S cached tokens, D width, H heads, h = D/H head width, A position axes.
 Cost      4 SPLs: 12·D² multiply-adds per token, plus 2·T·D for the attention itself.
@@ -23,9 +23,9 @@ from spl import SparseProtoLinear, bench, forward_backward
 
 
 def rotary(pos, h, base=100.0):
-    """Angles' (cos, sin), each (B, 1, T, h/2), of positions pos (B, T, A): the channel pairs are dealt to the A axes in turn.
+    """(cos, sin) of the angles of positions pos (B, T, A), each (B, 1, T, h/2).
 
-    The base is 100 and not the usual 10000, since a grid's coordinates end at 30.
+    The channel pairs are dealt to the A axes in turn. The base is 100, not 10000: a grid's coordinates end at 30.
     """
     A, pair = pos.shape[-1], torch.arange(h // 2, device=pos.device)
     frequency = base ** -(pair // A * A * 2 / h)
@@ -34,7 +34,7 @@ def rotary(pos, h, base=100.0):
 
 
 def rotate(x, cos, sin):
-    """Turns each channel pair of x (B, H, T, h) by its token's angle; q·k then depends on position differences alone."""
+    """Turns each channel pair of x (B, H, T, h) by its token's angle: q·k feels position differences alone."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
 
@@ -65,13 +65,14 @@ class DynSIHA(nn.Module):
         self.q, self.k, self.v, self.o = (linear(d_model, d_model) for _ in range(4))
 
     def forward(self, x, rope, cache=None, mask=None):
-        """rope: (cos, sin) of `rotary`. mask (B, 1, T, S): the columns each token may read; None, with nothing cached: causal."""
+        """rope: (cos, sin) of `rotary`. mask (B, 1, T, S): the columns each token may read; None is causal,
+        and needs an empty cache."""
         B, T, D = x.shape
-        q, k, v = (f(x).view(B, T, self.n_head, -1).transpose(1, 2) for f in (self.q, self.k, self.v))  # (B, H, T, h)
-        q, k = rotate(q, *rope), rotate(k, *rope)
+        q, k, v = (f(x).view(B, T, self.n_head, -1) for f in (self.q, self.k, self.v))           # (B, T, H, h)
+        q, k, v = rotate(q.transpose(1, 2), *rope), rotate(k.transpose(1, 2), *rope), v.transpose(1, 2)
         if cache is not None:
-            k, v = cache.append(k, v)                                                                   # (B, H, S, h)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)             # (B, H, T, h)
+            k, v = cache.append(k, v)                                                            # (B, H, S, h)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)      # (B, H, T, h)
         return self.o(y.transpose(1, 2).reshape(B, T, D))
 
 
@@ -82,7 +83,8 @@ if __name__ == "__main__":
     pos = torch.arange(T, device=device).expand(B, T)[..., None]
     rope = rotary(pos, D // H)
     sparse, dense = DynSIHA(D, H).to(device), DynSIHA(D, H, nn.Linear).to(device)
-    t = bench({name: forward_backward(lambda x, f=f: f(x, rope), x) for name, f in {"sparse": sparse, "dense": dense}.items()})
+    layers = {"sparse": sparse, "dense": dense}
+    t = bench({name: forward_backward(lambda x, f=f: f(x, rope), x) for name, f in layers.items()})
     print(f"Attention at B={B} T={T} D={D} H={H} on {device}, forward and backward")
     for name, linear, weights in (("dense", "nn.Linear", 4), ("sparse", "SPL", 12)):
         print(f"  {linear:10} {weights:3}·D² weights {1000 * t[name]:8.2f} ms  {t[name] / t['dense']:5.2f}x")
@@ -90,7 +92,8 @@ if __name__ == "__main__":
     for name in "qkv":
         print(f"  {name}: {(getattr(sparse, name).route(x)[1] > 0).float().mean():.0%}")
     cache, y = KVCache(B, H, T, D // H, device), sparse(x, rope)
-    steps = [sparse(x[:, i:i + 1], [r[:, :, i:i + 1] for r in rope], cache, torch.ones(B, 1, 1, i + 1, dtype=torch.bool, device=device))
-             for i in range(8)]
-    print(f"Token by token through the cache, the largest difference is {(torch.cat(steps, 1) - y[:, :8]).abs().max():.1e}")
+    mask = torch.ones(B, 1, 1, 8, dtype=torch.bool, device=device)
+    steps = [sparse(x[:, i:i + 1], [r[:, :, i:i + 1] for r in rope], cache, mask[..., :i + 1]) for i in range(8)]
+    error = (torch.cat(steps, 1) - y[:, :8]).abs().max()
+    print(f"Token by token through the cache the output differs by at most {error:.1e}")
     assert y.shape == (B, T, D)

@@ -1,10 +1,10 @@
 """The transformer: embeddings, L blocks, a norm and a head; its size, its FLOPs, and cached greedy generation.
 
     x      = token embedding + task embedding + view embedding        (B, T, D)
-    x      = block_l(x), l = 1..L                                     positions enter as rotary angles in each block
+    x      = block_l(x), l = 1..L                                     positions: rotary angles in each block
     logits = head(norm(x))                                            (B, T, n_vocab)
 
-Symbols   B batch, T tokens, S columns of the cache, D width, H heads, h = D/H, L layers, f FFN factor, A position axes.
+Symbols   B batch, T tokens, P prompt columns, D width, H heads, h = D/H, L layers, f FFN factor, A position axes.
 Copy      this file, block.py, dynsiha.py and spl.py.
 Run       python model.py
 """
@@ -20,7 +20,8 @@ from block import Block
 from dynsiha import KVCache, rotary
 from spl import bench
 
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "4090": 165e12, "5090": 210e12}  # dense bf16, data sheets
+# dense bfloat16 FLOP/s, from the data sheets
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "4090": 165e12, "5090": 210e12}
 
 
 @dataclass
@@ -44,7 +45,8 @@ class Transformer(nn.Module):
         self.token = nn.Embedding(c.n_vocab, c.d_model)
         self.task = nn.Embedding(c.n_task, c.d_model)
         self.view = nn.Embedding(c.n_view, c.d_model)
-        self.blocks = nn.ModuleList(Block(c.d_model, c.n_head, d_ffn, c.dense, c.dropout) for _ in range(c.n_layer))
+        layers = range(c.n_layer)
+        self.blocks = nn.ModuleList(Block(c.d_model, c.n_head, d_ffn, c.dense, c.dropout) for _ in layers)
         self.norm = nn.RMSNorm(c.d_model)
         self.head = nn.Linear(c.d_model, c.n_vocab, bias=False)
         self.reset_parameters()
@@ -56,7 +58,7 @@ class Transformer(nn.Module):
         nn.init.zeros_(self.head.weight)              # the first prediction is uniform
 
     def forward(self, tokens, pos, task, view, caches=None, mask=None):
-        """tokens (B, T), pos (B, T, A), task (B,), view (B,) -> logits (B, T, n_vocab). Causal unless a mask is given."""
+        """tokens (B, T), pos (B, T, A), task (B,), view (B,) -> logits (B, T, n_vocab); causal without a mask."""
         x = self.token(tokens) + (self.task(task) + self.view(view)).unsqueeze(1)     # (B, T, D)
         rope = rotary(pos, self.config.d_model // self.config.n_head)
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks)):
@@ -65,15 +67,15 @@ class Transformer(nn.Module):
 
     def n_params(self):
         """Parameters, embeddings apart."""
-        return sum(p.numel() for name, p in self.named_parameters() if name.split(".")[0] not in ("token", "task", "view"))
+        return sum(p.numel() for part in (self.blocks, self.norm, self.head) for p in part.parameters())
 
     def flops_per_token(self, T):
-        """Forward FLOPs per token at length T, matrix products alone: 2 per weight, 4·T·D per layer of attention."""
+        """Forward FLOPs per token at length T, products alone: 2 per weight, 4·T·D per layer of attention."""
         weights = sum(p.numel() for m in (self.blocks, self.head) for p in m.parameters() if p.ndim == 2)
         return 2 * weights + 4 * T * self.config.d_model * self.config.n_layer
 
     def mfu(self, tokens_per_s, T):
-        """Training FLOPs (3 forwards) as a share of the GPU's bfloat16 peak; None on a CPU or an unknown GPU."""
+        """Training FLOPs (3 forwards) as a share of the GPU's bfloat16 peak; None on a CPU or unknown GPU."""
         if self.head.weight.device.type != "cuda":
             return None
         name = torch.cuda.get_device_name()
@@ -83,16 +85,17 @@ class Transformer(nn.Module):
     @torch.inference_mode()
     def generate(self, tokens, lengths, pos, task, view, max_new, end, advance, limit=math.inf,
                  return_logits=False):
-        """Greedy continuation of right-padded prompts, all rows at once -> (B, N <= max_new) tokens, `end` after the end.
+        """Greedy continuation of right-padded prompts, all rows at once -> (B, N <= max_new) tokens, `end` fills up.
 
-        tokens (B, P), lengths (B,), pos (B, P, A); advance(token (B,), pos (B, A)) is the next token's position;
-        a row that leaves `limit` on any axis has ended too.
-        New tokens are cached in the columns after P for every row. Positions travel as angles, so a column means
-        nothing: the mask alone says that a row's padding, columns lengths..P, is never read.
+        tokens (B, P), lengths (B,), pos (B, P, A); advance(token (B,), pos (B, A)) is the next token's position.
+        A row ends with `end`, or where its position exceeds `limit` on any axis.
+        New tokens are cached in the columns after P for every row. Positions travel as angles, so a column
+        means nothing: the mask alone says that a row's padding, columns lengths..P, is never read.
         """
         B, P = tokens.shape
         c, head, device = self.config, self.head.weight, tokens.device
-        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else head.dtype
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else head.dtype
         caches = [KVCache(B, c.n_head, P + max_new, c.d_model // c.n_head, device, dtype) for _ in self.blocks]
         last = (torch.arange(B, device=device), lengths - 1)
         logits, token, now = self(tokens, pos, task, view, caches)[last], tokens[last], pos[last]
@@ -123,7 +126,8 @@ if __name__ == "__main__":
     print(f"{'':10} {'parameters':>11} {'FLOPs/token':>12} {'ms':>7}")
     models = {"no FFN": Config(ffn_factor=0), "MoIE f=1": Config(), "dense": Config(dense=True)}
     models = {name: Transformer(config).to(device) for name, config in models.items()}
-    t = bench({name: lambda m=m: m(tokens, pos, zero, zero).logsumexp(-1).sum().backward() for name, m in models.items()})
+    steps = {name: lambda m=m: m(tokens, pos, zero, zero).logsumexp(-1).sum().backward() for name, m in models.items()}
+    t = bench(steps)
     for name, m in models.items():
         print(f"{name:10} {m.n_params():11} {m.flops_per_token(T):12} {1000 * t[name]:7.1f}")
 
@@ -131,7 +135,7 @@ if __name__ == "__main__":
     nn.init.normal_(model.head.weight)
 
     def cached():
-        return model.generate(tokens, zero + T, pos, zero, zero, new, end=-1, advance=lambda token, pos: pos + 1)
+        return model.generate(tokens, zero + T, pos, zero, zero, new, end=-1, advance=lambda token, at: at + 1)
 
     @torch.inference_mode()
     def recomputed():

@@ -9,7 +9,8 @@
 
     mas(z)  = relu(z / max_j |z_j|)          over the last axis; a row of zeros stays a row of zeros
 
-Symbols   x (..., D_in), Y (..., D_out); mu_weight, proto_weight, gate_weight are W_mu, W_p, W_g, each (D_out, D_in).
+Symbols   x (..., D_in), Y (..., D_out); mu_weight, proto_weight and gate_weight are W_mu, W_p and W_g,
+          each (D_out, D_in) as in nn.Linear.
 Cost      3·D_in·D_out multiply-adds, of which the routing is two thirds.
 Source    SPL is the layer of Tiny-ONN; this file is written anew from the equations above.
 Copy      this file alone; it needs torch. Use it like nn.Linear.
@@ -32,8 +33,8 @@ class _MAS(torch.autograd.Function):
 
     n = z / max|z|;  dL/dz_i = (g_i·[n_i > 0] − [|n_i| = 1]·n_i·Σ_k g_k relu(n_k) / ties) / max|z|
 
-    Autograd's amax looks for the entry that equals the maximum. Compiled in bfloat16 one of the two is rounded, none is
-    found, and 0/0 makes the gradient NaN; so |n_i| = 1 is taken to a rounding error here.
+    Autograd's amax looks for the entry that equals the maximum. Compiled in bfloat16 one of the two is rounded,
+    none is found, and 0/0 makes the gradient NaN; so |n_i| = 1 is taken to a rounding error here.
     """
 
     @staticmethod
@@ -91,12 +92,12 @@ class SparseProtoLinear(nn.Module):
         self.mu_weight.normal_(std=2 * bound)          # the mask halves the neurons and scales the rest below 1
         self.mu_bias.zero_()
         self.proto_weight.uniform_(-bound, bound)      # small: the learned match must outgrow the random one
-        # The gate starts as the opposite of the prototype, costly where that mismatches, plus noise. W_g = 0 sits on
-        # relu's corner and never learns; W_g = -W_p alone never costs an active neuron and hardly learns either.
+        # The gate starts as the opposite of the prototype, costly where that mismatches, plus noise. W_g = 0 sits
+        # on relu's corner and never learns; W_g = -W_p alone charges no active neuron and hardly learns either.
         self.gate_weight.uniform_(-0.3 * bound, 0.3 * bound).sub_(self.proto_weight)
 
     def paths(self, x):
-        """(Y_comp, V_match, L_gate), each (..., D_out): the three products share x, so one GEMM makes them all."""
+        """(Y_comp, V_match, L_gate), each (..., D_out): the products share x, so one GEMM makes all three."""
         scale = 1 / math.sqrt(self.in_features)
         weight = torch.cat((self.mu_weight, self.proto_weight * scale, self.gate_weight))  # (3·D_out, D_in)
         bias = F.pad(self.mu_bias, (0, 2 * self.out_features))
@@ -117,7 +118,7 @@ class SparseProtoLinear(nn.Module):
 
 
 def bench(candidates, seconds=3.0):
-    """{name: function} -> {name: median seconds}: the candidates take turns, so that a noisy machine is noisy for all."""
+    """{name: function} -> {name: median seconds}; they take turns, so that a noisy machine is noisy for all."""
     times, start = {name: [] for name in candidates}, time.perf_counter()
     for i in itertools.count():
         for name, run in candidates.items():
@@ -142,11 +143,13 @@ if __name__ == "__main__":
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype, N = (torch.bfloat16, 65536) if device == "cuda" else (torch.float32, 4096)
     compiler = device == "cuda" or shutil.which("c++")
-    print(f"What an SPL costs, forward and backward, {N} tokens, {dtype}, {device}; 1.00 is one F.linear to 3·D.")
-    print(f"{'D':>6} {'dense layer':>12} {'to 3D':>6} {'SPL':>6} {'compiled':>9} {'literal':>8} {'ms to 3D':>9} {'active':>7}")
+    print(f"What an SPL costs, forward and backward, {N} tokens, {dtype}, {device}; 1.00 is one F.linear to 3·D")
+    print(f"{'D':>6} {'dense layer':>12} {'to 3D':>6} {'SPL':>6} {'compiled':>9} {'literal':>8} "
+          f"{'ms to 3D':>9} {'active':>7}")
     for D in (128, 256, 768):
         x = torch.randn(N, D, device=device, dtype=dtype, requires_grad=True)
-        spl, dense, triple = (f.to(device, dtype) for f in (SparseProtoLinear(D, D), nn.Linear(D, D), nn.Linear(D, 3 * D)))
+        layers = SparseProtoLinear(D, D), nn.Linear(D, D), nn.Linear(D, 3 * D)
+        spl, dense, triple = (layer.to(device, dtype) for layer in layers)
         literal = (lambda x, p=spl: spl_reference(x, p.mu_weight, p.mu_bias, p.proto_weight, p.gate_weight)[0])
         layers = {"dense": dense, "triple": triple, "spl": spl, "literal": literal}
         if compiler:
@@ -154,10 +157,11 @@ if __name__ == "__main__":
         t = bench({name: forward_backward(layer, x) for name, layer in layers.items()})
         ratio = {name: seconds / t["triple"] for name, seconds in t.items()}
         active = (spl.route(x)[1] > 0).float().mean()
-        print(f"{D:6} {ratio['dense']:12.2f} {1:6.2f} {ratio['spl']:6.2f} {ratio.get('compiled', math.nan):9.2f} "
-              f"{ratio['literal']:8.2f} {1000 * t['triple']:9.2f} {active:7.0%}")
+        print(f"{D:6} {ratio['dense']:12.2f} {1:6.2f} {ratio['spl']:6.2f} "
+              f"{ratio.get('compiled', math.nan):9.2f} {ratio['literal']:8.2f} {1000 * t['triple']:9.2f} {active:7.0%}")
 
-    print("\nOne SPL output computes XOR, which relu of a linear map cannot: W_mu = [-1, -1], b_mu = 2, W_p = [1, 1], W_g = 0.")
+    print("\nOne SPL output computes XOR, which relu of a linear map cannot:")
+    print("W_mu = [-1, -1], b_mu = 2, W_p = [1, 1], W_g = 0")
     x = torch.tensor([[0., 0.], [0., 1.], [1., 0.], [1., 1.]])
     y = spl_reference(x, torch.tensor([[-1., -1.]]), torch.tensor([2.]), torch.ones(1, 2), torch.zeros(1, 2))[0]
     for row, value in zip(x.tolist(), y):

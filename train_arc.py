@@ -5,9 +5,9 @@
     python train_arc.py --dense                  the standard transformer of as many parameters as --no-ffn
     python train_arc.py --help                   every flag
 
-The recipe: one demonstration pair is one sequence; a learned embedding per task says which rule applies. Training sees
-the demonstration pairs of every task, the evaluation tasks' too, and never a test output of the evaluation split: these
-are read by `score`, at the end. The training split's own test pairs are held out, for tuning.
+The recipe: one demonstration pair is one sequence; a learned embedding per task says which rule applies. Training
+sees the demonstration pairs of every task, the evaluation tasks' too, and never a test output of the evaluation
+split: these are read for `score` alone, at the end. The training split's own test pairs are held out, for tuning.
 
     <start> input rows, <nl> after each <sep> output rows, <nl> after each <end>
 
@@ -53,7 +53,7 @@ def encode_grid(grid, stop):
 
 
 def decode_grid(tokens):
-    """The grid that `tokens` (up to <end>) spell, or None where they spell no rectangle of 1..30 by 1..30 colours."""
+    """The grid that `tokens` (up to <end>) spell, or None: no rectangle of 1..30 by 1..30 colours."""
     tokens = np.asarray(tokens)
     ends = np.flatnonzero(tokens == END)
     body = tokens[:ends[0]] if len(ends) else tokens[:0]
@@ -69,7 +69,7 @@ def encode_prompt(x):
 
 
 def advance(token, pos):
-    """The position (row, column, role) after `token` (...,) at `pos` (..., 3); role is 0 in the input, 1 in the output."""
+    """The position (row, column, role) after `token` (...,) at `pos` (..., 3); role: 0 input, 1 output."""
     row, column, role = pos.unbind(-1)
     opens = (token == START) | (token == SEP)
     row = torch.where(opens, 0, row + (token == NL))
@@ -78,7 +78,7 @@ def advance(token, pos):
 
 
 def positions(tokens):
-    """Positions (B, T, 3) of whole sequences (B, T): what `advance` gives token by token, from cumulative counts."""
+    """Positions (B, T, 3) of whole sequences (B, T): what `advance` gives token by token, all at once."""
     t = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
     before = F.pad(tokens[:, :-1], (1, 0), value=START).long()                # the token before each
     role = (before == SEP).cumsum(1)
@@ -138,7 +138,8 @@ def read_grid(value, where):
     rows = value if isinstance(value, list) else []
     widths = {len(row) if isinstance(row, list) else 0 for row in rows}
     if len(widths) != 1 or not 1 <= len(rows) <= MAX_SIDE or not 1 <= max(widths) <= MAX_SIDE:
-        raise DataError(f"{where}: {len(rows)} rows of widths {sorted(widths)}; expected 1 to 30 rows of one width, 1 to 30")
+        raise DataError(f"{where}: {len(rows)} rows of widths {sorted(widths)}; "
+                        "expected 1 to 30 rows of one width, 1 to 30")
     for cell in (cell for row in rows for cell in row):
         if type(cell) is not int or not 0 <= cell <= 9:
             shown = type(cell).__name__ if isinstance(cell, (list, dict)) else json.dumps(cell)[:20]
@@ -147,8 +148,9 @@ def read_grid(value, where):
 
 
 def read_split(folder, split):
-    """{id: (file, raw task)} of one split, in the Kaggle layout (two files) or the GitHub layout (a file per task)."""
-    kaggle, github = Path(folder) / f"arc-agi_{split}_challenges.json", sorted((Path(folder) / split).glob("*.json"))
+    """{id: (file, raw task)} of one split, in the Kaggle layout (one file) or GitHub's (a file per task)."""
+    kaggle = Path(folder) / f"arc-agi_{split}_challenges.json"
+    github = sorted((Path(folder) / split).glob("*.json"))
     if kaggle.exists():
         raw = {name: (kaggle, task) for name, task in read_object(kaggle).items()}
     else:
@@ -180,7 +182,7 @@ def read_tasks(folder, split):
 
 
 def read_solutions(folder, split, tasks):
-    """{id: [test output, ...]} for each of `tasks`: from the split's solutions file, or inline in its task files."""
+    """{id: [test output, ...]} for `tasks`: from the split's solutions file, or inline in its task files."""
     if not (Path(folder) / f"arc-agi_{split}_challenges.json").exists():
         return {name: read_grids(raw, "test", "output", f"{file}: task {name}")
                 for name, (file, raw) in read_split(folder, split).items()}
@@ -191,14 +193,15 @@ def read_solutions(folder, split, tasks):
         if not isinstance(outputs, list) or len(outputs) != len(task.test):
             count = len(outputs) if isinstance(outputs, list) else "no"
             raise DataError(f"{file}: task {name}: {count} solutions; expected {len(task.test)}")
-        solutions[name] = [read_grid(grid, f"{file}: task {name}: test {i} output") for i, grid in enumerate(outputs)]
+        where = f"{file}: task {name}: test"
+        solutions[name] = [read_grid(grid, f"{where} {i} output") for i, grid in enumerate(outputs)]
     return solutions
 
 
 def without_leaks(extra, evaluation, known):
-    """The `extra` tasks that are new: neither the id, nor the demonstrations in any order, nor a test input of `evaluation`.
+    """The `extra` tasks that share nothing with `evaluation`: no id, no set of demonstrations, no test input.
 
-    `known` are the ids already trained on. No evaluation output is needed to tell.
+    `known` are ids to leave out as well. No evaluation output is needed to tell.
     """
     def key(grid):
         return grid.shape, grid.tobytes()
@@ -215,7 +218,7 @@ def without_leaks(extra, evaluation, known):
 
 # ---------------------------------------------------------------------------------------------- batches
 class Pairs:
-    """Tokenized pairs in all 8 views, on one device: flat tokens, and for each [pair, view] its start and lengths."""
+    """Tokenized pairs in all 8 views, on one device: flat tokens; per [pair, view] their start and lengths."""
 
     def __init__(self, pairs, free, device):
         """pairs: [(task index, input, output)]; free (n_task, 10): the colours a task may permute."""
@@ -232,7 +235,7 @@ class Pairs:
         self.flat = torch.from_numpy(flat).to(device)
 
     def batch(self, index, view, colours):
-        """Pairs index (B,) in views (B,) under colour tables (B, 14) -> tokens, positions, task, view, targets on the device.
+        """Pairs index (B,) in views (B,) under colour tables (B, 14) -> tokens, positions, task, view, targets.
 
         The target at t is token t + 1 where that is an output token, IGNORE elsewhere.
         """
@@ -262,7 +265,7 @@ def to_device(array, device):
 
 
 def plan_epoch(pairs, batch_tokens, rng):
-    """One epoch as a list of (index, view, colours) batches: each pair once, in a fresh view, similar lengths together."""
+    """One epoch as (index, view, colours) batches: each pair once, in a fresh view, similar lengths together."""
     n = len(pairs.task)
     view = rng.integers(N_DIHEDRAL, size=n)
     length = pairs.length[np.arange(n), view]
@@ -274,7 +277,7 @@ def plan_epoch(pairs, batch_tokens, rng):
             cuts.append(i)
             first = i
     if first == n - 1 and cuts:
-        cuts.pop()                                  # a last lone pair joins the batch before: one row compiles anew
+        cuts.pop()                      # a last lone pair joins the batch before: one row would compile anew
     parts = np.split(order, cuts)
     return [(parts[i], view[parts[i]], colours[parts[i]]) for i in rng.permutation(len(parts))]
 
@@ -296,7 +299,8 @@ def answer(model, prompts, free, c, amp):
     for n, (task, grid) in enumerate(prompts):
         tables = colour_permutations(np.repeat(free[task][None], c.colour_votes, 0), rng)
         tables[0] = np.arange(N_VOCAB)
-        jobs += [(n, task, v, table, table[encode_prompt(view_grid(grid, v))]) for table in tables for v in range(N_DIHEDRAL)]
+        jobs += [(n, task, v, table, table[encode_prompt(view_grid(grid, v))])
+                 for table in tables for v in range(N_DIHEDRAL)]
     grids, order = [None] * len(jobs), sorted(range(len(jobs)), key=lambda j: -len(jobs[j][-1]))
     with tqdm(total=len(jobs), desc="decode", unit="grid", dynamic_ncols=True) as bar:
         while order:
@@ -309,7 +313,7 @@ def answer(model, prompts, free, c, amp):
                 grids[j] = grid if grid is None else unview_grid(grid, view)
             bar.update(len(part))
     found = [[] for _ in prompts]
-    for (n, *_), grid in zip(jobs, grids):                              # in the order of the jobs: ties depend on it
+    for (n, *_), grid in zip(jobs, grids):                              # in the order of the jobs, for ties
         found[n] += [] if grid is None else [grid]
     return found
 
@@ -328,18 +332,19 @@ def decode(jobs, model, c, amp):
     tokens, lengths, task, view = (to_device(array, device) for array in (tokens, lengths, task, view))
     most = min(MAX_OUTPUT, c.max_tokens - int(lengths[-1]))
     with amp(), torch.compiler.set_stance("force_eager"):
-        return model.generate(tokens, lengths, positions(tokens), task, view, most, END, advance, MAX_SIDE).cpu().numpy()
+        out = model.generate(tokens, lengths, positions(tokens), task, view, most, END, advance, limit=MAX_SIDE)
+    return out.cpu().numpy()
 
 
 def vote(grids):
-    """The two most frequent of `grids`, as the submission has them; ties go to the one that came first, [[0]] fills up."""
+    """The two most frequent grids as a submission has them; ties go to the one that came first, [[0]] fills up."""
     counts = Counter(tuple(map(tuple, grid.tolist())) for grid in grids)
     best = [[list(row) for row in grid] for grid, _ in counts.most_common(2)]
     return dict(zip(("attempt_1", "attempt_2"), best + [[[0]], [[0]]]))
 
 
 def score(submission, solutions):
-    """((pass@1, pass@2), tasks solved whole) by the ARC Prize's rule: mean over a task's test outputs, then over the tasks."""
+    """((pass@1, pass@2), tasks solved whole) by the ARC Prize's rule: mean over a task's outputs, then over tasks."""
     marks = np.zeros((len(solutions), 2))
     for mark, (name, outputs) in zip(marks, solutions.items()):
         answers = submission.get(name, [])
@@ -351,7 +356,8 @@ def score(submission, solutions):
 
 # ---------------------------------------------------------------------------------------------- training
 def task_loss(model, tokens, pos, task, view, targets):
-    return F.cross_entropy(model(tokens, pos, task, view).flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE)
+    logits = model(tokens, pos, task, view)                                                       # (B, T, 14)
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE)
 
 
 def rate(used, warmup, decay):
@@ -417,7 +423,7 @@ class Run:
     n_layer: int = flag(None, "layers L", 1)
     ffn_factor: int = flag(1, "hidden width of MoIE over D", 1)
     dropout: float = flag(None, "dropout on each branch", 0, 0.99)
-    max_tokens: int = flag(None, "longest sequence; longer pairs are not trained on, and count as wrong in the score", 1)
+    max_tokens: int = flag(None, "longest sequence; what is longer is not trained on, and counts as wrong", 1)
     batch_tokens: int = flag(None, "tokens per batch, padding included", 1)
     lr: float = flag(None, "peak learning rate", 1e-7)
     muon_lr: float = flag(0.0, "peak learning rate of Muon for the blocks' matrices, in place of AdamW's --lr")
@@ -439,10 +445,11 @@ class Run:
 
 
 DEFAULTS = {
-    "cpu": dict(minutes=10.0, d_model=128, n_head=2, n_layer=4, dropout=0.0, max_tokens=150, batch_tokens=768, lr=5e-3,
-                colour_votes=4, decode_tokens=2**15, dtype="float32", compile=bool(sys.platform == "linux" and shutil.which("g++"))),
-    "cuda": dict(minutes=20.0, d_model=768, n_head=12, n_layer=10, dropout=0.1, max_tokens=1863, batch_tokens=2**15, lr=2e-3,
-                 colour_votes=1, decode_tokens=2**20, dtype="bfloat16", compile=True),
+    "cpu": dict(minutes=10.0, d_model=128, n_head=2, n_layer=4, dropout=0.0, max_tokens=150, batch_tokens=768,
+                lr=5e-3, colour_votes=4, decode_tokens=2**15, dtype="float32",
+                compile=sys.platform == "linux" and shutil.which("g++") is not None),
+    "cuda": dict(minutes=20.0, d_model=768, n_head=12, n_layer=10, dropout=0.1, max_tokens=1863, batch_tokens=2**15,
+                 lr=2e-3, colour_votes=1, decode_tokens=2**20, dtype="bfloat16", compile=True),
 }
 
 
@@ -450,7 +457,9 @@ def parse(argv=None):
     """The flags as a Run, and the checkpoint to go on from or None."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     for f in fields(Run):
-        default = f.default if f.default is not None else "cpu {}, cuda {}".format(*(d[f.name] for d in DEFAULTS.values()))
+        default = f.default
+        if default is None:
+            default = ", ".join(f"{device} {values[f.name]}" for device, values in DEFAULTS.items())
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
         parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
                             help=f"{f.metadata['help']} (default: {default})", **kind)
@@ -473,9 +482,9 @@ def parse(argv=None):
 
 def check(c):
     for f in fields(c):
-        name, value, least, most = "--" + f.name.replace("_", "-"), getattr(c, f.name), f.metadata["least"], f.metadata["most"]
+        value, least, most = getattr(c, f.name), f.metadata["least"], f.metadata["most"]
         if f.type in (int, float) and not least <= value <= most:
-            raise DataError(f"{name} {value}: expected {least:g} to {most:g}")
+            raise DataError(f"--{f.name.replace('_', '-')} {value}: expected {least:g} to {most:g}")
     if c.dense and not c.ffn:
         raise DataError("--dense --no-ffn: the dense control has its own FFN; name one of the two")
     if c.device not in ("cpu",) + ("cuda",) * torch.cuda.is_available():
@@ -488,12 +497,12 @@ def check(c):
 
 # ---------------------------------------------------------------------------------------------- runs
 def load_data(c, device):
-    """(names, free, pairs to train on, held-out pairs or None, evaluation tasks). No evaluation output is read or held here."""
+    """(names, free, pairs to train on, held-out pairs or None, evaluation tasks); no evaluation output among them."""
     training, evaluation = read_tasks(c.data, "training"), read_tasks(c.data, "evaluation")
     solutions = read_solutions(c.data, "training", training)
     if both := training.keys() & evaluation.keys():
         raise DataError(f"{c.data}: task {min(both)} is in both splits")
-    twins = training.keys() - without_leaks(training, evaluation, {})      # ARC-1 has one: its tests are not to be seen
+    twins = training.keys() - without_leaks(training, evaluation, {})       # ARC-1 has one; its test stays unseen
     extra = {}
     for split in ("training", "evaluation") if c.extra else ():
         new = read_tasks(c.extra, split)
@@ -555,7 +564,10 @@ def load_checkpoint(path):
 
 def open_log(path, step):
     """(file, csv writer) of log.csv. A resumed run keeps the lines up to its checkpoint and appends."""
-    kept = [row for row in csv.DictReader(open(path, newline="")) if int(row["step"]) <= step] if path.exists() else []
+    kept = []
+    if path.exists():
+        with open(path, newline="") as old:
+            kept = [row for row in csv.DictReader(old) if int(row["step"]) <= step]
     file = open(path, "w", newline="")
     writer = csv.DictWriter(file, ("step", "epoch", "seconds", "lr", "loss", "grad_norm", "tokens_per_s", "padding",
                                    "heldout_loss", "heldout_tokens", "heldout_grids"))
@@ -575,10 +587,15 @@ def main(argv=None):
 
     # ---- data and model
     names, free, pairs, heldout, evaluation = load_data(c, device)
-    f = c.ffn_factor if c.ffn else 0
-    model = Transformer(Config(N_VOCAB, len(names), N_DIHEDRAL, c.d_model, c.n_head, c.n_layer, f, c.dense, c.dropout)).to(device)
+    model = Transformer(Config(n_vocab=N_VOCAB, n_task=len(names), n_view=N_DIHEDRAL, d_model=c.d_model, n_head=c.n_head,
+                               n_layer=c.n_layer, ffn_factor=c.ffn_factor if c.ffn else 0, dense=c.dense,
+                               dropout=c.dropout)).to(device)
+    budget = f"{c.steps} steps" if c.steps else f"{c.minutes:g} minutes"
+    print(f"{c.arm} on {device}: D={c.d_model} H={c.n_head} L={c.n_layer}, {model.n_params() / 1e6:.2f} M parameters, "
+          f"{c.dtype}{', compiled' if c.compile else ''}; {len(pairs.task)} pairs of at most {c.max_tokens} tokens, "
+          f"{budget}, {c.batch_tokens} tokens a step; into {out}  (any flag changes this: --help)")
     optimizers = make_optimizers(model, c)
-    if c.compile:                                       # before the clock starts; the layers share one compiled block
+    if c.compile:                                   # before the clock starts; the layers share one compiled block
         for block in model.blocks:
             block.compile(dynamic=True)
         with amp():
@@ -593,10 +610,6 @@ def main(argv=None):
         group.setdefault("peak", group["lr"])
     out.mkdir(parents=True, exist_ok=True)
     save(out / "config.json", lambda file: file.write(json.dumps(asdict(c), indent=1).encode()))
-    print(f"{c.arm} on {device}: D={c.d_model} H={c.n_head} L={c.n_layer}, {model.n_params() / 1e6:.2f} M parameters; "
-          f"{len(pairs.task)} pairs of at most {c.max_tokens} tokens; "
-          + (f"{c.steps} steps" if c.steps else f"{c.minutes:g} minutes") + f" of {c.batch_tokens} tokens, {c.dtype}"
-          + (", compiled" if c.compile else "") + f"; into {out}  (any flag changes this: --help)")
 
     # ---- train
     def checkpoint():
@@ -604,7 +617,7 @@ def main(argv=None):
 
     file, log = open_log(out / "log.csv", step)
     tokens, padding, rows, held, shown, stop = 0, 0, 0, 0.0, {}, []
-    handlers = {number: signal.signal(number, lambda *_: stop.append(1)) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {n: signal.signal(n, lambda *_: stop.append(1)) for n in (signal.SIGINT, signal.SIGTERM)}
     start = clock = saved = time.perf_counter()
     start -= seconds
     bar = tqdm(total=100, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}", dynamic_ncols=True)
@@ -615,7 +628,6 @@ def main(argv=None):
             break
         for group in groups:
             group["lr"] = group["peak"] * rate(used, c.warmup, c.decay)
-
         torch.manual_seed((c.seed << 32) + step)        # dropout, too, follows from the seed and the step
 
         # ---- the step
@@ -632,16 +644,18 @@ def main(argv=None):
         step, tokens, rows = step + 1, tokens + targets.numel(), rows + len(targets)
         padding += targets.numel() - int((pairs.length[batch[0], batch[1]] - 1).sum())
         if step % c.log_every == 0:
-            row = {"step": step, "epoch": epoch, "loss": loss.item(), "lr": groups[0]["lr"], "seconds": time.perf_counter() - start,
-                   "grad_norm": norm.item(), "tokens_per_s": tokens / (time.perf_counter() - clock), "padding": padding / tokens}
+            row = {"step": step, "epoch": epoch, "loss": loss.item(), "grad_norm": norm.item(), "lr": groups[0]["lr"],
+                   "seconds": time.perf_counter() - start, "tokens_per_s": tokens / (time.perf_counter() - clock),
+                   "padding": padding / tokens}
             if not math.isfinite(row["loss"] + row["grad_norm"]):
-                raise DataError(f"step {step}: loss {row['loss']}, gradient norm {row['grad_norm']}, learning rate {row['lr']:.2g}; "
-                                f"nothing was saved since the last checkpoint in {out}")
+                raise DataError(f"step {step}: loss {row['loss']}, gradient norm {row['grad_norm']}, learning rate "
+                                f"{row['lr']:.2g}; nothing was saved since the last checkpoint in {out}")
             if heldout and used >= held:
                 held = used + 0.05
-                row |= zip(("heldout_loss", "heldout_tokens", "heldout_grids"), evaluate(model, heldout, c.batch_tokens, amp))
+                found = evaluate(model, heldout, c.batch_tokens, amp)
+                row |= zip(("heldout_loss", "heldout_tokens", "heldout_grids"), found)
                 shown["held-out"] = f"{row['heldout_loss']:.3f}"
-            log.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
+            log.writerow({key: f"{value:.9g}" for key, value in row.items()})
             file.flush()
             shown |= {"loss": f"{row['loss']:.3f}", "tok/s": f"{row['tokens_per_s']:.0f}"}
             if mfu := model.mfu(row["tokens_per_s"], tokens / rows):
@@ -662,7 +676,8 @@ def main(argv=None):
         print(f"stopped at step {step}; go on with: python train_arc.py --resume {out}")
         return
     if heldout:
-        print("held-out: loss {:.4f}, {:.1%} of tokens, {:.1%} of grids".format(*evaluate(model, heldout, c.batch_tokens, amp)))
+        found = evaluate(model, heldout, c.batch_tokens, amp)
+        print("held-out: loss {:.4f}, {:.1%} of tokens, {:.1%} of grids".format(*found))
     if not c.score:
         return
 
@@ -670,15 +685,19 @@ def main(argv=None):
     model.eval()
     index, trained = {name: n for n, name in enumerate(names)}, set(pairs.task)
     asked = {(name, i): (index[name], grid) for name, task in evaluation.items() for i, grid in enumerate(task.test)}
-    tried = {key: prompt for key, prompt in asked.items() if prompt[0] in trained and prompt_tokens(prompt[1]) < c.max_tokens}
+    tried = {key: (task, grid) for key, (task, grid) in asked.items()
+             if task in trained and prompt_tokens(grid) < c.max_tokens}
     answers = dict(zip(tried, answer(model, list(tried.values()), free, c, amp)))
-    submission = {name: [vote(answers.get((name, i), [])) for i in range(len(task.test))] for name, task in evaluation.items()}
+    submission = {name: [vote(answers.get((name, i), [])) for i in range(len(task.test))]
+                  for name, task in evaluation.items()}
     save(out / "submission.json", lambda file: file.write(json.dumps(submission).encode()))
     (pass1, pass2), solved = score(submission, read_solutions(c.data, "evaluation", evaluation))
-    result = {"pass@1": pass1, "pass@2": pass2, "solved": solved, "tasks": len(evaluation), "tried": len(tried), "asked": len(asked)}
+    result = {"pass@1": pass1, "pass@2": pass2, "solved": solved, "tasks": len(evaluation),
+              "tried": len(tried), "asked": len(asked)}
     save(out / "result.json", lambda file: file.write(json.dumps(result).encode()))
-    print(f"evaluation: pass@1 {pass1:.2%}, pass@2 {pass2:.2%} (mean over a task's test outputs, then over the {len(evaluation)} "
-          f"tasks), {solved} tasks solved whole; {len(tried)} of {len(asked)} test inputs were short enough to try")
+    print(f"evaluation: pass@1 {pass1:.2%}, pass@2 {pass2:.2%} (mean over a task's test outputs, then over the "
+          f"{len(evaluation)} tasks), {solved} tasks solved whole; {len(tried)} of {len(asked)} test inputs were short "
+          "enough to try")
 
 
 if __name__ == "__main__":
