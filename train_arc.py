@@ -667,6 +667,7 @@ def main(argv=None):
             if time.perf_counter() - saved > 60 * c.save_minutes:
                 checkpoint()
                 saved = time.perf_counter()
+    bar.update(0 if stop else 100 - bar.n)
     bar.close()
     file.close()
     checkpoint()
