@@ -523,6 +523,8 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path, monkeypatch):
         return real(*arguments)
     monkeypatch.setattr(train_arc, "task_loss", interrupted)
     stopped = train(data, tmp_path / "stopped", *flags)
+    with pytest.raises(train_arc.DataError, match="holds a run already"):
+        train_arc.parse(["--out", str(tmp_path / "stopped")])
     assert len(calls) == 9 and not equal(whole, stopped)
     train_arc.main(["--resume", str(tmp_path / "stopped")])
     assert equal(whole, torch.load(tmp_path / "stopped/checkpoint.pt", weights_only=True)["model"])
@@ -576,7 +578,7 @@ def test_bad_solutions_are_named(tmp_path, text, fault):
     (["--d-model", "30"], "--d-model 30"), (["--minutes", "0"], "--minutes 0"), (["--lr", "-1"], "--lr -1"), (["--lr", "nan"], "--lr nan"),
     (["--steps", "-5"], "--steps -5"), (["--device", "abacus"], "--device abacus"), (["--dtype", "int8"], "--dtype int8"),
     (["--dropout", "1"], "--dropout 1"), (["--dense", "--no-ffn"], "--dense --no-ffn"), (["--data", "nowhere"], "nowhere"), (["--resume", "nowhere"], "nowhere"),
-    (["--out", str(HERE / "data")], "holds a run already"), (["--max-tokens", "3", "--data", str(ARC1)], "--max-tokens")])
+    (["--out", str(HERE / "data")], "is not empty"), (["--resume", "x", "--lr", "1"], "no other flag"), (["--max-tokens", "3", "--data", str(ARC1)], "--max-tokens")])
 def test_bad_flags_end_with_one_line_and_status_2(tmp_path, flags, fault):
     run = subprocess.run([sys.executable, HERE / "train_arc.py", *flags], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 2 and fault in run.stderr and run.stderr.count("\n") == 1 and not list(tmp_path.iterdir())

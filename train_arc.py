@@ -465,6 +465,8 @@ def parse(argv=None):
                             help=f"{f.metadata['help']} (default: {default})", **kind)
     given = vars(parser.parse_args(argv))
     if "resume" in given:
+        if len(given) > 1:
+            raise DataError("--resume takes no other flag: the run goes on under its own")
         state = load_checkpoint(Path(given["resume"]) / "checkpoint.pt")
         c = Run(**state["config"] | {"out": given["resume"]})
         check(c)
@@ -475,8 +477,10 @@ def parse(argv=None):
     c = Run(**DEFAULTS.get(device, DEFAULTS["cpu"]) | given | {"device": device})
     check(c)
     c.out = c.out or time.strftime(f"runs/{c.arm}-seed{c.seed}-%Y%m%d-%H%M%S")
-    if Path(c.out).is_dir() and any(Path(c.out).iterdir()):
+    if (Path(c.out) / "checkpoint.pt").exists():
         raise DataError(f"--out {c.out}: holds a run already; go on with --resume {c.out}, or name another folder")
+    if Path(c.out).is_dir() and any(Path(c.out).iterdir()):
+        raise DataError(f"--out {c.out}: is not empty; name another folder")
     return c, None
 
 
@@ -594,6 +598,8 @@ def main(argv=None):
     print(f"{c.arm} on {device}: D={c.d_model} H={c.n_head} L={c.n_layer}, {model.n_params() / 1e6:.2f} M parameters, "
           f"{c.dtype}{', compiled' if c.compile else ''}; {len(pairs.task)} pairs of at most {c.max_tokens} tokens, "
           f"{budget}, {c.batch_tokens} tokens a step; into {out}  (any flag changes this: --help)")
+    out.mkdir(parents=True, exist_ok=True)
+    save(out / "config.json", lambda file: file.write(json.dumps(asdict(c), indent=1).encode()))
     optimizers = make_optimizers(model, c)
     if c.compile:                                   # before the clock starts; the layers share one compiled block
         for block in model.blocks:
@@ -608,8 +614,6 @@ def main(argv=None):
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     for group in groups:
         group.setdefault("peak", group["lr"])
-    out.mkdir(parents=True, exist_ok=True)
-    save(out / "config.json", lambda file: file.write(json.dumps(asdict(c), indent=1).encode()))
 
     # ---- train
     def checkpoint():
@@ -649,7 +653,7 @@ def main(argv=None):
                    "padding": padding / tokens}
             if not math.isfinite(row["loss"] + row["grad_norm"]):
                 raise DataError(f"step {step}: loss {row['loss']}, gradient norm {row['grad_norm']}, learning rate "
-                                f"{row['lr']:.2g}; nothing was saved since the last checkpoint in {out}")
+                                f"{row['lr']:.2g}; a lower --lr may help. Only checkpoints from before this are in {out}")
             if heldout and used >= held:
                 held = used + 0.05
                 found = evaluate(model, heldout, c.batch_tokens, amp)
