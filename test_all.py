@@ -601,8 +601,7 @@ def test_a_checkpoint_that_is_no_checkpoint_is_refused_and_not_executed(tmp_path
 @pytest.mark.parametrize("name", ["spl", "dynsiha", "block", "model"])
 def test_each_concept_file_runs_alone_with_the_files_it_declares(tmp_path, name):
     text = (HERE / f"{name}.py").read_text()
-    copied = set(re.search(r"Copy +(.*)", text)[1].replace("this file", f"{name}.py").replace(" and ", " ").replace(",", " ").split())
-    files = {word for word in copied if word.endswith(".py")}
+    files = {f"{name}.py", *re.findall(r"\w+\.py", re.search(r"Copy +(.*)", text)[1])}
     for file in files:
         shutil.copy(HERE / file, tmp_path)
     run = subprocess.run([sys.executable, f"{name}.py"], cwd=tmp_path, capture_output=True, text=True)
