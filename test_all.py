@@ -140,7 +140,7 @@ def test_zero_rows_and_half_precision_stay_finite(device, dtype):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("compiled", [False, True])
 def test_spl_under_autocast_and_compile(device, compiled):
-    """Output and gradients close to the literal formula's: a maximum compared with its own rounding once gave NaN here."""
+    """Close to the literal formula, gradients too: a maximum compared with its own rounding gave NaN here."""
     layer = random_spl(64, 64, torch.float32, device)
     x = torch.randn(33, 64, device=device)
     run = torch.compile(layer, fullgraph=True) if compiled else layer
@@ -259,11 +259,12 @@ def test_weights_12_D2_without_ffn_as_many_as_the_dense_control_and_6_f_D2_more_
         assert matrices(Block(D, 2, f * D)) - matrices(plain) == matrices(MoIE(D, f * D)) == 6 * f * D * D
 
 
-@pytest.mark.parametrize("config", [Config(ffn_factor=0), Config(ffn_factor=1), Config(ffn_factor=2), Config(dense=True)])
+@pytest.mark.parametrize("config", [Config(ffn_factor=f) for f in (0, 1, 2)] + [Config(dense=True)])
 def test_model_flops_equal_torchs_counter(config):
     model, B, T = Transformer(config), 3, 40
     tokens, zero = torch.randint(14, (B, T)), torch.zeros(B, dtype=torch.long)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):   # the counter knows no CPU flash kernel
+    # the counter knows no CPU flash kernel, so the attention runs as plain products
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(tokens, line(B, T), zero, zero)
     assert counter.get_total_flops() == B * T * model.flops_per_token(T)
 
@@ -425,7 +426,8 @@ def test_no_pair_to_train_on_is_an_evaluation_test_pair(arc1, tmp_path):
     flags = ["--no-heldout", "--device", "cpu", "--max-tokens", "1863", "--data", str(ARC1), "--out", str(tmp_path)]
     run, _ = train_arc.parse(flags)
     pairs = train_arc.load_data(run, torch.device("cpu"))[2]
-    seen = {pairs.flat[start:start + length].numpy().tobytes() for start, length in zip(pairs.start[:, 0], pairs.length[:, 0])}
+    spans = zip(pairs.start[:, 0], pairs.length[:, 0])
+    seen = {pairs.flat[start:start + length].numpy().tobytes() for start, length in spans}
     tasks, solutions = arc1["evaluation"]
     asked = [np.concatenate((train_arc.encode_prompt(x), train_arc.encode_grid(y, train_arc.END))).tobytes()
              for name, task in tasks.items() for x, y in zip(task.test, solutions[name])]
@@ -433,7 +435,7 @@ def test_no_pair_to_train_on_is_an_evaluation_test_pair(arc1, tmp_path):
 
 
 def test_extra_tasks_never_leak_the_evaluation_split(arc1):
-    """Of ARC-2's tasks 233 + 114 have ids that ARC-1 lacks; one of them is an evaluation task of ARC-1 under another id."""
+    """ARC-1 lacks the ids of 233 + 114 tasks of ARC-2; one of these is its evaluation task under another id."""
     training, evaluation = arc1["training"][0], arc1["evaluation"][0]
     kept = [train_arc.without_leaks(train_arc.read_tasks(ARC2, split), evaluation, training)
             for split in ("training", "evaluation")]
@@ -446,13 +448,14 @@ def test_extra_tasks_never_leak_the_evaluation_split(arc1):
 
 
 def write_set(folder, tasks, poison=0, github=False):
-    """tasks {split: {id: (train pairs, test pairs)}} as a task set on disk; poison is added to evaluation's test outputs."""
+    """tasks {split: {id: (train pairs, test pairs)}} on disk; poison is added to evaluation's test outputs."""
     for split, entries in tasks.items():
         challenges, solutions = {}, {}
         for name, (train, test) in entries.items():
             extra = poison if split == "evaluation" else 0
             solutions[name] = [((np.array(y) + extra) % 10).tolist() for _, y in test]
-            challenges[name] = {"train": [{"input": x, "output": y} for x, y in train], "test": [{"input": x} for x, _ in test]}
+            challenges[name] = {"train": [{"input": x, "output": y} for x, y in train],
+                                "test": [{"input": x} for x, _ in test]}
             if github:
                 (folder / split).mkdir(parents=True, exist_ok=True)
                 task = challenges[name] | {"name": name}
@@ -467,7 +470,7 @@ def write_set(folder, tasks, poison=0, github=False):
 
 
 def one_task_set(folder, **options):
-    """Two tasks, recolour and mirror; the evaluation task asks for one of its own demonstrations, so memory is enough."""
+    """Two tasks, turn and mirror; the evaluation task asks for one of its own demonstrations: memory is enough."""
     rng = np.random.default_rng(0)
     grids = [rng.integers(0, 10, (3, 3)) for _ in range(4)]
     mirror = [(g.tolist(), g[:, ::-1].tolist()) for g in grids]
@@ -634,7 +637,8 @@ def test_the_readmes_commands_exist_and_parse(monkeypatch, tmp_path):
     commands = [line for block in re.findall(r"```sh\n(.*?)```", text, re.S) for line in block.splitlines()]
     files = {file for line in commands for file in re.findall(r"[\w./-]+\.(?:py|txt)", line)}
     assert "pytest -q test_all.py" in commands and "pytest -q test_all.py" in (HERE / ".ci/run").read_text()
-    assert {"train_arc.py", "test_all.py", "requirements.txt"} <= files and all((HERE / file).exists() for file in files)
+    assert {"train_arc.py", "test_all.py", "requirements.txt"} <= files
+    assert all((HERE / file).exists() for file in files)
     monkeypatch.chdir(HERE)
     for line in commands:
         for flags in re.findall(r"python train_arc\.py([^#&|]*)", line):

@@ -591,9 +591,9 @@ def main(argv=None):
 
     # ---- data and model
     names, free, pairs, heldout, evaluation = load_data(c, device)
-    model = Transformer(Config(n_vocab=N_VOCAB, n_task=len(names), n_view=N_DIHEDRAL, d_model=c.d_model, n_head=c.n_head,
-                               n_layer=c.n_layer, ffn_factor=c.ffn_factor if c.ffn else 0, dense=c.dense,
-                               dropout=c.dropout)).to(device)
+    model = Transformer(Config(n_vocab=N_VOCAB, n_task=len(names), n_view=N_DIHEDRAL, d_model=c.d_model,
+                               n_head=c.n_head, n_layer=c.n_layer, ffn_factor=c.ffn_factor if c.ffn else 0,
+                               dense=c.dense, dropout=c.dropout)).to(device)
     budget = f"{c.steps} steps" if c.steps else f"{c.minutes:g} minutes"
     print(f"{c.arm} on {device}: D={c.d_model} H={c.n_head} L={c.n_layer}, {model.n_params() / 1e6:.2f} M parameters, "
           f"{c.dtype}{', compiled' if c.compile else ''}; {len(pairs.task)} pairs of at most {c.max_tokens} tokens, "
@@ -653,7 +653,7 @@ def main(argv=None):
                    "padding": padding / tokens}
             if not math.isfinite(row["loss"] + row["grad_norm"]):
                 raise DataError(f"step {step}: loss {row['loss']}, gradient norm {row['grad_norm']}, learning rate "
-                                f"{row['lr']:.2g}; a lower --lr may help. Only checkpoints from before this are in {out}")
+                                f"{row['lr']:.2g}; a lower --lr may help; {out} keeps earlier checkpoints")
             if heldout and used >= held:
                 held = used + 0.05
                 found = evaluate(model, heldout, c.batch_tokens, amp)
