@@ -1,4 +1,4 @@
-"""The transformer: embeddings, L blocks, a norm and a head; its size, its FLOPs, and cached greedy generation.
+"""The transformer: embeddings, L blocks, a norm and a head; size, FLOPs, cached generation, loss and monitors.
 
     x      = token embedding + task embedding + view embedding        (B, T, D)
     x      = block_l(x), l = 1..L                                     positions: rotary angles in each block
@@ -10,6 +10,8 @@ Run       python model.py
 """
 
 import math
+from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +20,9 @@ from torch import nn
 
 from block import Block
 from dynsiha import KVCache, rotary
-from spl import bench
+from spl import SparseProtoLinear, bench
 
+IGNORE = -100           # the target of a token that is not scored
 # dense bfloat16 FLOP/s, from the data sheets
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "4090": 165e12, "5090": 210e12}
 
@@ -64,6 +67,25 @@ class Transformer(nn.Module):
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks)):
             x = block(x, rope, cache, mask)                                           # (B, T, D)
         return self.head(self.norm(x))                                                # (B, T, n_vocab)
+
+    def parameter_groups(self, weight_decay):
+        """For an optimizer: the blocks' matrices decay; embeddings, head and vectors do not."""
+        matrices = [p for p in self.blocks.parameters() if p.ndim == 2]
+        others = [p for p in self.parameters() if not any(p is matrix for matrix in matrices)]
+        return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+    @contextmanager
+    def watch(self):
+        """While open, each forward fills the dict that this yields: {name of an SPL: its mask M (B, T, D_out)}."""
+        def keep(name):
+            return lambda spl, x, _: masks.update({name: spl.route(x[0])[1]})
+        masks, spls = {}, [(name, m) for name, m in self.named_modules() if isinstance(m, SparseProtoLinear)]
+        hooks = [m.register_forward_hook(keep(name)) for name, m in spls]
+        try:
+            yield masks
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def n_params(self):
         """Parameters, embeddings apart."""
@@ -114,6 +136,49 @@ class Transformer(nn.Module):
             logits = self(token[:, None], now[:, None], task, view, caches, mask)[:, -1]
         out = torch.stack(out, dim=1)
         return (out, torch.stack(all_logits, dim=1)) if return_logits else out
+
+
+# ---------------------------------------------------------------------------------------------- loss and monitors
+def task_loss(model, tokens, pos, task, view, targets):
+    """Cross-entropy summed over the tokens that have a target; the caller divides by their number in the batch."""
+    logits = model(tokens, pos, task, view)                                                       # (B, T, n_vocab)
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+
+
+def pi_score(loss, entropy, grad_norm, a=1.0, c=0.5):
+    """Predictive integrity (SigmaPI), in (0, 1]: exp(−a·((1 − c)·loss/entropy + c·grad_norm))."""
+    return math.exp(-a * ((1 - c) * loss / max(entropy, 1e-9) + c * grad_norm))
+
+
+@torch.no_grad()
+def evaluate(model, batches):
+    """Means over `batches` of (tokens, pos, task, view, targets). Per target: loss, entropy, tokens (share right); per
+    row: grids (share right throughout); per SPL, over all tokens up to a row's last target: active (share of M > 0)
+    and failed (routing failure: no neuron active); their plain means over the SPLs under "active" and "failed"."""
+    sums = Counter()
+    model.eval()
+    with model.watch() as masks, torch.compiler.set_stance("force_eager"):
+        for *inputs, targets in batches:
+            logp = model(*inputs).float().log_softmax(-1)                                         # (B, T, n_vocab)
+            scored, right = targets != IGNORE, logp.argmax(-1) == targets                         # (B, T)
+            real = scored.int().flip(1).cummax(1).values.flip(1)                                  # (B, T)
+            sums.update({
+                "loss": F.nll_loss(logp.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum"),
+                "entropy": -((logp.exp() * logp).sum(-1) * scored).sum(), "tokens": (right & scored).sum(),
+                "grids": (right | ~scored).all(1).sum(), "scored": scored.sum(), "rows": len(targets),
+                "real": real.sum()})
+            for name, M in masks.items():
+                sums[f"active {name}"] += ((M > 0).float().mean(-1) * real).sum()
+                sums[f"failed {name}"] += (~(M > 0).any(-1) * real).sum()
+    model.train()
+    sums = {name: float(value) for name, value in sums.items()}
+    found = {name: sums[name] / sums["rows" if name == "grids" else "scored"]
+             for name in ("loss", "entropy", "tokens", "grids")}
+    rates = {name: value / sums["real"] for name, value in sums.items() if " " in name}
+    for kind in ("active", "failed"):
+        of_kind = [rate for name, rate in rates.items() if name.startswith(kind)]
+        found[kind] = sum(of_kind) / len(of_kind) if of_kind else math.nan
+    return found | rates
 
 
 if __name__ == "__main__":

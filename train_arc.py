@@ -3,11 +3,15 @@
     python train_arc.py --no-ffn                 attention only, on this machine's GPU or CPU
     python train_arc.py                          with the MoIE FFN
     python train_arc.py --dense                  the standard transformer of as many parameters as --no-ffn
+    python train_arc.py --resume runs/NAME       go on with a stopped run
+    python train_arc.py --eval runs/NAME/checkpoint.pt --show 3          score a model, draw three tasks
+    python train_arc.py --ab --seeds 3           train every arm of the comparison, print its table
+    torchrun --standalone --nproc_per_node=8 train_arc.py --no-ffn       on 8 GPUs
     python train_arc.py --help                   every flag
 
 The recipe: one demonstration pair is one sequence; a learned embedding per task says which rule applies. Training
 sees the demonstration pairs of every task, the evaluation tasks' too, and never a test output of the evaluation
-split: these are read for `score` alone, at the end. The training split's own test pairs are held out, for tuning.
+split: these are read in `solve` alone, after the answers. The training split's own test pairs are held out, for tuning.
 
     <start> input rows, <nl> after each <sep> output rows, <nl> after each <end>
 
@@ -16,7 +20,6 @@ Symbols   B batch, T tokens, P pairs, V views.
 
 import argparse
 import csv
-import functools
 import itertools
 import json
 import math
@@ -24,27 +27,47 @@ import os
 import pickle
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from model import Config, Transformer
+from model import IGNORE, Config, Transformer, evaluate, pi_score, task_loss
 
 # ---------------------------------------------------------------------------------------------- grids <-> tokens
 START, NL, SEP, END, N_VOCAB = 10, 11, 12, 13, 14       # 0..9 are the colours
-MAX_SIDE, IGNORE = 30, -100
+MAX_SIDE = 30
 MAX_OUTPUT = MAX_SIDE * (MAX_SIDE + 1) + 1              # 30 rows of 30 cells and <nl>, then <end>
 
+HERE = Path(__file__).parent
+SPLITS, ATTEMPTS = ("training", "evaluation", "test"), ("attempt_1", "attempt_2")
+MONITORS = ("loss", "tokens", "grids", "active", "failed")              # of `evaluate`, for the log
+PAPER = (16, 27, 160, 34, 220, 245, 201, 208, 117, 88)  # the colours of ARC among a terminal's 256
 
-class DataError(Exception):
+
+class DataError(ValueError):
     """Bad input; its text names the file, the task and the fault."""
+
+
+@contextmanager
+def blame(where):
+    """A fault inside becomes a DataError of one line that begins with `where`; nested, they spell the way to it."""
+    try:
+        yield
+    except KeyError as e:
+        raise DataError(f"{where}: no {e}") from None
+    except (ValueError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
+        raise DataError(f"{where}: {' '.join(str(e).split())[:300]}") from None
 
 
 def encode_grid(grid, stop):
@@ -124,84 +147,107 @@ class Task:
 
 def read_object(path):
     """The JSON object in `path`."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as e:
-        raise DataError(f"{path}: not JSON: {e}") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{path}: a {type(value).__name__}; expected an object")
+    def unique(pairs):
+        names = Counter(name for name, _ in pairs)
+        if len(names) < len(pairs):
+            raise ValueError(f"{names.most_common(1)[0][0]!r} is there twice")
+        return dict(pairs)
+    with blame(f"{path}: not JSON"):
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+    with blame(path):
+        return expect(value, dict)
+
+
+def expect(value, kind, length=None):
+    """`value`, if it is a list or dict, not empty, and of `length` entries where that is given."""
+    if not isinstance(value, kind) or not value or len(value) != (length or len(value)):
+        found = f"{len(value)} entries" if isinstance(value, kind) else type(value).__name__
+        raise ValueError(f"{found}; expected a {kind.__name__} of {length or 'at least one'}")
     return value
 
 
-def read_grid(value, where):
-    """A JSON value -> (h, w) uint8 grid, or DataError."""
-    rows = value if isinstance(value, list) else []
-    widths = {len(row) if isinstance(row, list) else 0 for row in rows}
-    if len(widths) != 1 or not 1 <= len(rows) <= MAX_SIDE or not 1 <= max(widths) <= MAX_SIDE:
-        raise DataError(f"{where}: {len(rows)} rows of widths {sorted(widths)}; "
-                        "expected 1 to 30 rows of one width, 1 to 30")
-    for cell in (cell for row in rows for cell in row):
+def read_grid(value):
+    """A JSON value -> (h, w) uint8 grid."""
+    widths = {len(expect(row, list)) for row in expect(value, list)}
+    if len(widths) > 1 or max(*widths, len(value)) > MAX_SIDE:
+        raise ValueError(f"{len(value)} rows of widths {sorted(widths)}; expected up to 30 rows of one width, up to 30")
+    for cell in itertools.chain(*value):
         if type(cell) is not int or not 0 <= cell <= 9:
-            shown = type(cell).__name__ if isinstance(cell, (list, dict)) else json.dumps(cell)[:20]
-            raise DataError(f"{where}: a cell is {shown}; expected an integer from 0 to 9")
-    return np.array(rows, dtype=np.uint8)
+            raise ValueError(f"a cell is {json.dumps(cell)[:20]}; expected an integer from 0 to 9")
+    return np.array(value, dtype=np.uint8)
+
+
+def read_grids(values, key=None):
+    """A list of grids, or of objects with a grid under `key`."""
+    grids = []
+    for i, value in enumerate(expect(values, list)):
+        with blame(f"{i} {key}" if key else i):
+            grids.append(read_grid(expect(value, dict)[key] if key else value))
+    return grids
 
 
 def read_split(folder, split):
-    """{id: (file, raw task)} of one split, in the Kaggle layout (one file) or GitHub's (a file per task)."""
-    kaggle = Path(folder) / f"arc-agi_{split}_challenges.json"
-    github = sorted((Path(folder) / split).glob("*.json"))
+    """{id: (file, raw task)} of one split: from Kaggle's one file, or GitHub's folder with a file for each task.
+
+    A folder of task files without splits, such as ConceptARC, is an evaluation split as a whole.
+    """
+    kaggle, tasks = Path(folder) / f"arc-agi_{split}_challenges.json", {}
     if kaggle.exists():
-        raw = {name: (kaggle, task) for name, task in read_object(kaggle).items()}
-    else:
-        raw = {file.stem: (file, read_object(file)) for file in github}
-    if not raw:
-        raise DataError(f"{folder}: no {split} tasks; expected {kaggle.name} or {split}/*.json")
-    return raw
-
-
-def read_grids(raw, part, key, where):
-    """The grids raw[part][i][key] of one task."""
-    pairs = raw.get(part) if isinstance(raw, dict) else None
-    if not isinstance(pairs, list) or not pairs:
-        raise DataError(f"{where}: no {part!r} pairs; expected a list of at least one")
-    for i, pair in enumerate(pairs):
-        if not isinstance(pair, dict) or key not in pair:
-            raise DataError(f"{where}: {part} {i} has no {key!r}")
-    return [read_grid(pair[key], f"{where}: {part} {i} {key}") for i, pair in enumerate(pairs)]
+        return {name: (kaggle, raw) for name, raw in read_object(kaggle).items()}
+    has_splits = any(Path(folder).glob("arc-agi_*.json")) or any((Path(folder) / s).is_dir() for s in SPLITS)
+    root = Path(folder) / split if has_splits else Path(folder)
+    for file in sorted(root.rglob("*.json")) if has_splits or split == "evaluation" else []:
+        if file.stem in tasks:
+            raise DataError(f"{file}: task {file.stem} is in {tasks[file.stem][0]}, too")
+        tasks[file.stem] = file, read_object(file)
+    return tasks
 
 
 def read_tasks(folder, split):
     """{id: Task} of one split. Test outputs, where a file has them, are left unread."""
     tasks = {}
     for name, (file, raw) in read_split(folder, split).items():
-        inputs, outputs, tests = (read_grids(raw, part, key, f"{file}: task {name}")
-                                  for part, key in (("train", "input"), ("train", "output"), ("test", "input")))
-        tasks[name] = Task(list(zip(inputs, outputs)), tests)
+        with blame(f"{file}: task {name}"):
+            expect(raw, dict)
+            with blame("train"):
+                train = list(zip(read_grids(raw.get("train"), "input"), read_grids(raw.get("train"), "output")))
+            with blame("test"):
+                tasks[name] = Task(train, read_grids(raw.get("test"), "input"))
     return tasks
 
 
 def read_solutions(folder, split, tasks):
-    """{id: [test output, ...]} for `tasks`: from the split's solutions file, or inline in its task files."""
-    if not (Path(folder) / f"arc-agi_{split}_challenges.json").exists():
-        return {name: read_grids(raw, "test", "output", f"{file}: task {name}")
-                for name, (file, raw) in read_split(folder, split).items()}
-    file, solutions = Path(folder) / f"arc-agi_{split}_solutions.json", {}
-    found = read_object(file)
+    """{id: [test output, ...]} of a split's `tasks`, from its solutions file or inline; None where there are none."""
+    file = Path(folder) / f"arc-agi_{split}_solutions.json"
+    if file.exists():
+        raw = {name: (file, grids) for name, grids in read_object(file).items()}
+    else:
+        raw = {name: (file, [pair["output"] for pair in task["test"] if "output" in pair])
+               for name, (file, task) in read_split(folder, split).items()}
+        if not any(grids for _, grids in raw.values()):
+            return None
+    solutions = {}
     for name, task in tasks.items():
-        outputs = found.get(name)
-        if not isinstance(outputs, list) or len(outputs) != len(task.test):
-            count = len(outputs) if isinstance(outputs, list) else "no"
-            raise DataError(f"{file}: task {name}: {count} solutions; expected {len(task.test)}")
-        where = f"{file}: task {name}: test"
-        solutions[name] = [read_grid(grid, f"{where} {i} output") for i, grid in enumerate(outputs)]
+        source, grids = raw.get(name, (file, None))
+        with blame(f"{source}: task {name}: solutions"):
+            solutions[name] = read_grids(expect(grids, list, len(task.test)))
     return solutions
 
 
-def without_leaks(extra, evaluation, known):
-    """The `extra` tasks that share nothing with `evaluation`: no id, no set of demonstrations, no test input.
+def read_submission(file, tasks):
+    """{id: [{"attempt_1": grid, "attempt_2": grid}, ...]} for `tasks`, one entry for each test input."""
+    found = read_object(file)
+    for name, task in tasks.items():
+        with blame(f"{file}: task {name}"):
+            for key in ATTEMPTS:
+                read_grids(expect(found.get(name), list, len(task.test)), key)
+    return found
 
-    `known` are ids to leave out as well. No evaluation output is needed to tell.
+
+def without_leaks(extra, asked, known):
+    """The `extra` tasks that share nothing with the `asked` ones: no id, no set of demonstrations, no test input.
+
+    `known` are ids to leave out as well. No output that is asked for is needed to tell.
     """
     def key(grid):
         return grid.shape, grid.tobytes()
@@ -209,11 +255,11 @@ def without_leaks(extra, evaluation, known):
     def demos(task):
         return frozenset((key(x), key(y)) for x, y in task.train)
 
-    taken = {demos(task) for task in evaluation.values()}
-    asked = {key(x) for task in evaluation.values() for x in task.test}
+    taken = {demos(task) for task in asked.values()}
+    inputs = {key(x) for task in asked.values() for x in task.test}
     return {name: task for name, task in extra.items()
-            if name not in evaluation and name not in known and demos(task) not in taken
-            and not asked & {key(x) for x in [x for x, _ in task.train] + task.test}}
+            if name not in asked and name not in known and demos(task) not in taken
+            and not inputs & {key(x) for x in [x for x, _ in task.train] + task.test}}
 
 
 # ---------------------------------------------------------------------------------------------- batches
@@ -249,6 +295,19 @@ class Pairs:
         targets = tokens.masked_fill(~scored, IGNORE)[:, 1:]
         return tokens[:, :-1], positions(tokens[:, :-1]), task, view, targets
 
+    def n_scored(self, index, view, _):
+        return int((self.length - self.prompt)[index, view].sum())
+
+    def n_tokens(self, index, view, _):
+        return int((self.length[index, view] - 1).sum())
+
+    def as_they_are(self, batch_tokens):
+        """Every pair once, in the first view and its true colours, batch by batch."""
+        order, same = np.argsort(self.length[:, 0], kind="stable"), np.arange(N_VOCAB, dtype=np.uint8)
+        size = max(1, batch_tokens // int(self.length[:, 0].max()))
+        for index in np.split(order, range(size, len(order), size)):
+            yield self.batch(index, np.zeros_like(index), np.tile(same, (len(index), 1)))
+
 
 def prompt_tokens(x):
     """Length of the longest prompt over the views: <start>, <sep>, and a <nl> for each row or column."""
@@ -264,8 +323,12 @@ def to_device(array, device):
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def plan_epoch(pairs, batch_tokens, rng):
-    """One epoch as (index, view, colours) batches: each pair once, in a fresh view, similar lengths together."""
+def plan_epoch(pairs, batch_tokens, rng, least=2):
+    """One epoch as (index, view, colours) batches: each pair once, in a fresh view, similar lengths together.
+
+    A last batch of fewer than `least` pairs joins the one before: a lone pair would compile anew, and every
+    process needs one.
+    """
     n = len(pairs.task)
     view = rng.integers(N_DIHEDRAL, size=n)
     length = pairs.length[np.arange(n), view]
@@ -276,10 +339,17 @@ def plan_epoch(pairs, batch_tokens, rng):
         if (i + 1 - first) * (length[order[i]] - 1) > batch_tokens and i > first:
             cuts.append(i)
             first = i
-    if first == n - 1 and cuts:
-        cuts.pop()                      # a last lone pair joins the batch before: one row would compile anew
+    if cuts and n - first < least:
+        cuts.pop()
     parts = np.split(order, cuts)
     return [(parts[i], view[parts[i]], colours[parts[i]]) for i in rng.permutation(len(parts))]
+
+
+def batches(pairs, c, world=1):
+    """Endless (epoch, batch); batch n follows from the seed alone, whatever the arm, and wherever a run resumes."""
+    for epoch in itertools.count():
+        for batch in plan_epoch(pairs, c.batch_tokens, np.random.default_rng((c.seed, epoch)), max(2, world)):
+            yield epoch, batch
 
 
 def free_colours(task, permute=True):
@@ -289,36 +359,70 @@ def free_colours(task, permute=True):
     return np.array([permute and c > 0 and c not in added for c in range(10)])
 
 
+def load_data(c, device):
+    """(names of the tasks with pairs to train on, these pairs, held-out pairs or None); no output that is asked for."""
+    training, asked = read_tasks(c.data, "training"), read_tasks(c.data, c.split)
+    if not asked:
+        raise DataError(f"{c.data}: no {c.split} tasks; expected arc-agi_{c.split}_challenges.json, {c.split}/*.json "
+                        "or, for a folder without splits, *.json")
+    if both := training.keys() & asked.keys():
+        raise DataError(f"{c.data}: task {min(both)} is in both splits")
+    tasks, solutions = training | asked, read_solutions(c.data, "training", training)
+    if training and solutions is None:
+        raise DataError(f"{c.data}: the training split has no solutions; expected arc-agi_training_solutions.json")
+    for split in SPLITS if c.extra else ():
+        new = read_tasks(c.extra, split)
+        kept = without_leaks(new, asked, tasks)
+        print(f"{c.extra}: {len(kept)} of {len(new)} {split} tasks are new, {len(new) - len(kept)} dropped")
+        tasks |= kept
+    demos = {name: [pair for pair in task.train if pair_tokens(*pair) <= c.max_tokens] for name, task in tasks.items()}
+    names = [name for name, pairs in demos.items() if pairs]
+    if not names:
+        raise DataError(f"{c.data}: no pair of at most {c.max_tokens} tokens; raise --max-tokens")
+    own = without_leaks(training, asked, {})                # one task of ARC-1 is in both: its test stays unseen
+    tests = [(n, x, y) for n, name in enumerate(names) if name in own
+             for x, y in zip(own[name].test, solutions[name]) if pair_tokens(x, y) <= c.max_tokens]
+    pairs = [(n, x, y) for n, name in enumerate(names) for x, y in demos[name]]
+    free = np.stack([free_colours(tasks[name], c.permute_colours) for name in names])
+    if c.heldout and tests:
+        return names, Pairs(pairs, free, device), Pairs(tests, free, device)
+    return names, Pairs(pairs + tests, free, device), None
+
+
 # ---------------------------------------------------------------------------------------------- answers and scores
-def answer(model, prompts, free, c, amp):
-    """prompts [(task, input grid)] -> for each the list of grids decoded in 8 views x c.colour_votes colour tables.
+def answer(model, prompts, c, rank=0, world=1):
+    """prompts [(task, input grid, free colours)] -> for each the grids of 8 views x c.colour_votes colour tables.
 
     Each grid is turned and coloured back; invalid outputs are left out. The first table of a task changes nothing.
+    The processes share the jobs, longest prompts first, and all get every answer.
     """
     rng, jobs = np.random.default_rng(c.seed), []                       # (prompt, task, view, colour table, tokens)
-    for n, (task, grid) in enumerate(prompts):
-        tables = colour_permutations(np.repeat(free[task][None], c.colour_votes, 0), rng)
+    for n, (task, grid, free) in enumerate(prompts):
+        tables = colour_permutations(np.repeat(free[None], c.colour_votes, 0), rng)
         tables[0] = np.arange(N_VOCAB)
         jobs += [(n, task, v, table, table[encode_prompt(view_grid(grid, v))])
                  for table in tables for v in range(N_DIHEDRAL)]
-    grids, order = [None] * len(jobs), sorted(range(len(jobs)), key=lambda j: -len(jobs[j][-1]))
-    with tqdm(total=len(jobs), desc="decode", unit="grid", dynamic_ncols=True) as bar:
+    grids, order = {}, sorted(range(len(jobs)), key=lambda j: -len(jobs[j][-1]))[rank::world]
+    with tqdm(total=len(order), desc="decode", unit="grid", dynamic_ncols=True, disable=rank > 0) as bar:
         while order:
-            longest = len(jobs[order[0]][-1])
-            rows = max(1, c.decode_tokens // min(longest + MAX_OUTPUT, c.max_tokens))
+            rows = max(1, c.decode_tokens // min(len(jobs[order[0]][-1]) + MAX_OUTPUT, c.max_tokens))
             part, order = order[:rows], order[rows:]
-            for j, tokens in zip(part, decode([jobs[j] for j in part], model, c, amp)):
+            for j, tokens in zip(part, decode([jobs[j] for j in part], model, c)):
                 _, _, view, table, _ = jobs[j]
                 grid = decode_grid(np.argsort(table)[tokens])
                 grids[j] = grid if grid is None else unview_grid(grid, view)
             bar.update(len(part))
+    if world > 1:
+        shares = [None] * world
+        dist.all_gather_object(shares, grids)
+        grids = {j: grid for share in shares for j, grid in share.items()}
     found = [[] for _ in prompts]
-    for (n, *_), grid in zip(jobs, grids):                              # in the order of the jobs, for ties
-        found[n] += [] if grid is None else [grid]
+    for j, (n, *_) in enumerate(jobs):                                  # in the order of the jobs, for ties
+        found[n] += [] if grids[j] is None else [grids[j]]
     return found
 
 
-def decode(jobs, model, c, amp):
+def decode(jobs, model, c):
     """Greedy outputs of one batch of jobs, longest prompt first: (B, N) tokens, closed by <end>.
 
     The bound on N comes from the format and the flags, never from the answer.
@@ -331,7 +435,7 @@ def decode(jobs, model, c, amp):
     task, view = np.array([[task, view] for _, task, view, _, _ in jobs]).T
     tokens, lengths, task, view = (to_device(array, device) for array in (tokens, lengths, task, view))
     most = min(MAX_OUTPUT, c.max_tokens - int(lengths[-1]))
-    with amp(), torch.compiler.set_stance("force_eager"):
+    with autocast(c), torch.compiler.set_stance("force_eager"):
         out = model.generate(tokens, lengths, positions(tokens), task, view, most, END, advance, limit=MAX_SIDE)
     return out.cpu().numpy()
 
@@ -340,24 +444,70 @@ def vote(grids):
     """The two most frequent grids as a submission has them; ties go to the one that came first, [[0]] fills up."""
     counts = Counter(tuple(map(tuple, grid.tolist())) for grid in grids)
     best = [[list(row) for row in grid] for grid, _ in counts.most_common(2)]
-    return dict(zip(("attempt_1", "attempt_2"), best + [[[0]], [[0]]]))
+    return dict(zip(ATTEMPTS, best + [[[0]], [[0]]]))
 
 
 def score(submission, solutions):
     """((pass@1, pass@2), tasks solved whole) by the ARC Prize's rule: mean over a task's outputs, then over tasks."""
     marks = np.zeros((len(solutions), 2))
     for mark, (name, outputs) in zip(marks, solutions.items()):
-        answers = submission.get(name, [])
-        for output, given in zip(outputs, answers):
-            hits = [given.get(key) == output.tolist() for key in ("attempt_1", "attempt_2")]
+        for output, given in zip(outputs, submission.get(name, [])):
+            hits = [given.get(key) == output.tolist() for key in ATTEMPTS]
             mark += np.array([hits[0], any(hits)]) / len(outputs)
     return marks.mean(0), int((marks[:, 1] > 1 - 1e-9).sum())
 
 
+def draw(titled, colour, width):
+    """[(title, grid)] as text, side by side if `width` allows: cells coloured, each with its digit, or digits alone."""
+    def cell(v):                            # paper and ink are both set: it reads on dark and on light terminals
+        return f"\033[48;5;{PAPER[v]};38;5;{15 if v in (0, 1, 2, 9) else 16}m{v} \033[0m" if colour else f"{v} "
+    sizes = [max(len(title), 2 * len(grid[0])) + 2 for title, grid in titled]
+    if sum(sizes) > width and len(titled) > 1:
+        return "\n".join(draw([one], colour, width) for one in titled)
+    lines = ["".join(title.ljust(size) for (title, _), size in zip(titled, sizes))]
+    for r in range(max(len(grid) for _, grid in titled)):
+        row = [grid[r] if r < len(grid) else [] for _, grid in titled]
+        lines.append("".join("".join(map(cell, cells)) + " " * (size - 2 * len(cells))
+                             for cells, size in zip(row, sizes)))
+    return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def solve(c, model, names, rank=0, world=1):
+    """Answers the test inputs of c.split, writes submission.json, and, where there are solutions, scores it."""
+    model.eval()
+    tasks, index = read_tasks(c.data, c.split), {name: n for n, name in enumerate(names)}
+    asked = [(name, i) for name, task in tasks.items() for i in range(len(task.test))]
+    tried = [(name, i) for name, i in asked if name in index and prompt_tokens(tasks[name].test[i]) < c.max_tokens]
+    prompts = [(index[name], tasks[name].test[i], free_colours(tasks[name], c.permute_colours)) for name, i in tried]
+    votes = dict(zip(tried, answer(model, prompts, c, rank, world)))
+    if rank > 0:
+        return {}
+    file = Path(c.out) / "submission.json"
+    submission = {name: [vote(votes.get((name, i), [])) for i in range(len(task.test))] for name, task in tasks.items()}
+    save_json(file, submission)
+    submission = read_submission(file, tasks)
+    solutions = read_solutions(c.data, c.split, tasks)          # the only place that reads them, after the last answer
+
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    for name, i in tried[:c.show]:
+        target = solutions[name][i].tolist() if solutions else None
+        told = [(f"{key} {'right' if grid == target else 'wrong' if target else ''}".replace("_", " "), grid)
+                for key, grid in submission[name][i].items()]
+        print(f"{name} test {i}\n" + draw([("input", tasks[name].test[i].tolist())] + [("target", target)] * bool(target)
+                                          + told, colour, shutil.get_terminal_size().columns))
+    print(f"{c.split}: {len(tried)} of {len(asked)} test inputs were short enough and of a trained task; see {file}")
+    if solutions is None:
+        print(f"{c.data}: no solutions of the {c.split} split; the submission is written, and cannot be scored here")
+        return {}
+    (pass1, pass2), solved = score(submission, solutions)
+    print(f"pass@1 {pass1:.2%}, pass@2 {pass2:.2%} (mean over a task's test outputs, then over the {len(tasks)} tasks), "
+          f"{solved} tasks solved whole")
+    return {"pass@1": pass1, "pass@2": pass2, "solved": solved, "tasks": len(tasks), "tried": len(tried)}
+
+
 # ---------------------------------------------------------------------------------------------- training
-def task_loss(model, tokens, pos, task, view, targets):
-    logits = model(tokens, pos, task, view)                                                       # (B, T, 14)
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE)
+def autocast(c):
+    return torch.autocast(c.device, torch.bfloat16, enabled=c.dtype == "bfloat16")
 
 
 def rate(used, warmup, decay):
@@ -365,40 +515,11 @@ def rate(used, warmup, decay):
     return min(1.0, used / warmup if warmup else 1.0, max(0.0, 1 - used) / decay if decay else 1.0)
 
 
-@torch.no_grad()
-def evaluate(model, pairs, batch_tokens, amp):
-    """(loss per output token, token accuracy, grid accuracy) on `pairs` as they are: first view, true colours."""
-    n = len(pairs.task)
-    order, same = np.argsort(pairs.length[:, 0], kind="stable"), np.arange(N_VOCAB, dtype=np.uint8)
-    size = max(1, batch_tokens // int(pairs.length[:, 0].max()))
-    sums = torch.zeros(4, device=pairs.device)
-    model.eval()
-    for index in np.split(order, range(size, n, size)):
-        *inputs, targets = pairs.batch(index, np.zeros_like(index), np.tile(same, (len(index), 1)))
-        with amp(), torch.compiler.set_stance("force_eager"):
-            logits = model(*inputs).float()
-        scored, right = targets != IGNORE, logits.argmax(-1) == targets
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
-        sums += torch.stack((loss, (right & scored).sum(), (right | ~scored).all(1).sum(), scored.sum()))
-    model.train()
-    loss, tokens, grids, total = sums.tolist()
-    return loss / total, tokens / total, grids / n
-
-
-def make_optimizers(model, c):
-    """Matrices of the blocks under AdamW or Muon, with decay; embeddings, head and vectors under AdamW, without."""
-    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
-    ids = {id(p) for p in matrices}
-    groups = [{"params": [p for p in model.parameters() if id(p) not in ids], "lr": c.lr, "weight_decay": 0.0}]
-    if c.muon_lr:
-        optimizers = [torch.optim.Muon(matrices, c.muon_lr, c.weight_decay, adjust_lr_fn="match_rms_adamw")]
-    else:
-        groups.append({"params": matrices, "lr": c.lr, "weight_decay": c.weight_decay})
-        optimizers = []
-    return optimizers + [torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)]
-
-
 # ---------------------------------------------------------------------------------------------- flags
+def dashed(name):
+    return name.replace("_", "-")
+
+
 def flag(default, text, least=0, most=1e9):
     return field(default=default, metadata={"help": text, "least": least, "most": most})
 
@@ -409,13 +530,15 @@ class Run:
     ffn: bool = flag(True, "the MoIE feed-forward network in each block")
     dense: bool = flag(False, "the dense control: nn.Linear attention and a 4x GELU FFN")
     data: str = flag("data/arc-agi-1", "folder of the task set, in the Kaggle or the GitHub layout")
-    extra: str = flag("", "folder of more tasks to train on; those of the evaluation split are dropped")
-    out: str = flag("", "folder of this run; empty: runs/ARM-TIME")
-    resume: str = flag("", "folder of a stopped run to go on with, under its own flags")
+    split: str = flag("evaluation", "split to answer: evaluation or test; its demonstrations are trained on")
+    extra: str = flag("", "folder of more tasks to train on; those of the split to answer are dropped")
+    out: str = flag("", "folder of this run; empty: runs/ARM-seedN-TIME")
+    show: int = flag(0, "tasks to draw with their answers at the end")
     heldout: bool = flag(True, "hold out the training split's test pairs, for tuning; without, train on them too")
-    score: bool = flag(True, "answer and score the evaluation split at the end")
+    score: bool = flag(True, "answer and score the split at the end")
     device: str = flag("auto", "cpu, cuda, or auto: cuda where there is one")
     seed: int = flag(0, "seed of weights, order, views and colours")
+    seeds: int = flag(3, "seeds of each arm under --ab: 0, 1, ...", 1)
     minutes: float = flag(None, "training budget in minutes; scoring comes on top", 0.01)
     steps: int = flag(0, "training budget in steps, in place of minutes")
     d_model: int = flag(None, "width D", 2)
@@ -424,9 +547,8 @@ class Run:
     ffn_factor: int = flag(1, "hidden width of MoIE over D", 1)
     dropout: float = flag(None, "dropout on each branch", 0, 0.99)
     max_tokens: int = flag(None, "longest sequence; what is longer is not trained on, and counts as wrong", 1)
-    batch_tokens: int = flag(None, "tokens per batch, padding included", 1)
+    batch_tokens: int = flag(None, "tokens per batch over all processes, padding included", 1)
     lr: float = flag(None, "peak learning rate", 1e-7)
-    muon_lr: float = flag(0.0, "peak learning rate of Muon for the blocks' matrices, in place of AdamW's --lr")
     weight_decay: float = flag(0.1, "decay of the blocks' matrices")
     warmup: float = flag(0.02, "share of the budget in which the learning rate rises", 0, 1)
     decay: float = flag(0.5, "share of the budget in which it falls to 0", 0, 1)
@@ -436,8 +558,8 @@ class Run:
     decode_tokens: int = flag(None, "size of a decoding batch: rows times columns of the cache", 1)
     dtype: str = flag(None, "float32, or bfloat16 by autocast")
     compile: bool = flag(None, "torch.compile the blocks")
-    log_every: int = flag(20, "steps between lines of the log", 1)
-    save_minutes: float = flag(5.0, "minutes between checkpoints", 0.01)
+    log_every: int = flag(50, "steps between lines of the log", 1)
+    save_minutes: float = flag(5.0, "minutes between checkpoints")
 
     @property
     def arm(self):
@@ -451,258 +573,302 @@ DEFAULTS = {
     "cuda": dict(minutes=20.0, d_model=768, n_head=12, n_layer=10, dropout=0.1, max_tokens=1863, batch_tokens=2**15,
                  lr=2e-3, colour_votes=1, decode_tokens=2**20, dtype="bfloat16", compile=True),
 }
+DENSE_LR = 0.2          # the dense control's best learning rate over the SPL's: see the search in results/README.md
 
 
 def parse(argv=None):
-    """The flags as a Run, and the checkpoint to go on from or None."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    """(mode, Run, checkpoint or None, the flags as given); mode is train, resume, eval or ab."""
+    def fail(message):
+        raise DataError(message)
+
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS)
+    parser.error = fail
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument("--resume", metavar="DIR", help="go on with the stopped run in DIR, under its own flags")
+    modes.add_argument("--eval", metavar="FILE", help="answer and score with this checkpoint; flags override its own")
+    modes.add_argument("--ab", action="store_true", help="train every arm with every seed into --out, print a table")
     for f in fields(Run):
         default = f.default
         if default is None:
             default = ", ".join(f"{device} {values[f.name]}" for device, values in DEFAULTS.items())
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
-        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
-                            help=f"{f.metadata['help']} (default: {default})", **kind)
+        parser.add_argument("--" + dashed(f.name), help=f"{f.metadata['help']} (default: {default})", **kind)
     given = vars(parser.parse_args(argv))
-    if "resume" in given:
-        if len(given) > 1:
+    mode = next((mode for mode in ("resume", "eval", "ab") if mode in given), "train")
+    path, state = given.pop(mode, None), None
+    if mode in ("train", "ab"):
+        device = given.get("device", "auto")
+        device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        base = DEFAULTS.get(device, DEFAULTS["cpu"]) | {"out": "runs/ab" if mode == "ab" else ""}
+        given |= {"device": device, "lr": given.get("lr", base["lr"] * (DENSE_LR if given.get("dense") else 1))}
+    else:
+        if mode == "resume" and given:
             raise DataError("--resume takes no other flag: the run goes on under its own")
-        state = load_checkpoint(Path(given["resume"]) / "checkpoint.pt")
-        c = Run(**state["config"] | {"out": given["resume"]})
-        check(c)
-        return c, state
-    device = given.get("device", "auto")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    c = Run(**DEFAULTS.get(device, DEFAULTS["cpu"]) | given | {"device": device})
+        state = load_checkpoint(Path(path) / "checkpoint.pt" if mode == "resume" else Path(path))
+        base = state["config"] | {"out": path if mode == "resume" else ""}
+    c = Run(**base | given)
     check(c)
-    c.out = c.out or time.strftime(f"runs/{c.arm}-seed{c.seed}-%Y%m%d-%H%M%S")
-    if (Path(c.out) / "checkpoint.pt").exists():
-        raise DataError(f"--out {c.out}: holds a run already; go on with --resume {c.out}, or name another folder")
-    if Path(c.out).is_dir() and any(Path(c.out).iterdir()):
-        raise DataError(f"--out {c.out}: is not empty; name another folder")
-    return c, None
+    c.out = c.out or time.strftime(f"runs/{'eval' if mode == 'eval' else c.arm}-seed{c.seed}-%Y%m%d-%H%M%S")
+    if mode in ("train", "eval") and Path(c.out).is_dir() and any(Path(c.out).iterdir()):
+        held = "holds a run already" if (Path(c.out) / "checkpoint.pt").exists() else "is not empty"
+        raise DataError(f"--out {c.out}: {held}; name another folder, or go on with --resume")
+    return mode, c, state, given
 
 
 def check(c):
     for f in fields(c):
         value, least, most = getattr(c, f.name), f.metadata["least"], f.metadata["most"]
         if f.type in (int, float) and not least <= value <= most:
-            raise DataError(f"--{f.name.replace('_', '-')} {value}: expected {least:g} to {most:g}")
-    if c.dense and not c.ffn:
-        raise DataError("--dense --no-ffn: the dense control has its own FFN; name one of the two")
-    if c.device not in ("cpu",) + ("cuda",) * torch.cuda.is_available():
-        raise DataError(f"--device {c.device}: not available here; expected cpu" + ", cuda" * torch.cuda.is_available())
-    if c.d_model % (2 * c.n_head):
-        raise DataError(f"--d-model {c.d_model}: expected a multiple of twice --n-head {c.n_head}")
-    if c.dtype not in ("float32", "bfloat16"):
-        raise DataError(f"--dtype {c.dtype}: expected float32 or bfloat16")
+            raise DataError(f"--{dashed(f.name)} {value}: expected {least:g} to {most:g}")
+    devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    for wrong, fault in (
+            (c.dense and not c.ffn, "--dense --no-ffn: the dense control has its own FFN; name one of the two"),
+            (c.device not in devices, f"--device {c.device}: not available here; expected {' or '.join(devices)}"),
+            (c.d_model % (2 * c.n_head), f"--d-model {c.d_model}: expected a multiple of twice --n-head {c.n_head}"),
+            (c.dtype not in ("float32", "bfloat16"), f"--dtype {c.dtype}: expected float32 or bfloat16"),
+            (c.split not in ("evaluation", "test"), f"--split {c.split}: expected evaluation or test"),
+            (c.batch_tokens < world * c.max_tokens, f"--batch-tokens {c.batch_tokens}: expected at least --max-tokens "
+                                                    f"{c.max_tokens} for each of {world} processes")):
+        if wrong:
+            raise DataError(fault)
 
 
 # ---------------------------------------------------------------------------------------------- runs
-def load_data(c, device):
-    """(names, free, pairs to train on, held-out pairs or None, evaluation tasks); no evaluation output among them."""
-    training, evaluation = read_tasks(c.data, "training"), read_tasks(c.data, "evaluation")
-    solutions = read_solutions(c.data, "training", training)
-    if both := training.keys() & evaluation.keys():
-        raise DataError(f"{c.data}: task {min(both)} is in both splits")
-    twins = training.keys() - without_leaks(training, evaluation, {})       # ARC-1 has one; its test stays unseen
-    extra = {}
-    for split in ("training", "evaluation") if c.extra else ():
-        new = read_tasks(c.extra, split)
-        kept = without_leaks(new, evaluation, training | extra)
-        print(f"{c.extra}: {len(kept)} of {len(new)} {split} tasks are new, {len(new) - len(kept)} dropped")
-        extra |= kept
-    tasks = training | evaluation | extra
-    demos = [(n, x, y) for n, task in enumerate(tasks.values()) for x, y in task.train]
-    tests = [(n, x, y) for n, (name, task) in enumerate(training.items()) if name not in twins
-             for x, y in zip(task.test, solutions[name])]
-    demos, tests = ([pair for pair in pairs if pair_tokens(*pair[1:]) <= c.max_tokens] for pairs in (demos, tests))
-    if not demos:
-        raise DataError(f"{c.data}: no pair of at most {c.max_tokens} tokens; raise --max-tokens")
-    free = np.stack([free_colours(task, c.permute_colours) for task in tasks.values()])
-    pairs = Pairs(demos if c.heldout else demos + tests, free, device)
-    return list(tasks), free, pairs, Pairs(tests, free, device) if c.heldout and tests else None, evaluation
-
-
-def batches(pairs, c):
-    """Endless (epoch, batch); batch n follows from the seed alone, whatever the arm, and wherever a run resumes."""
-    for epoch in itertools.count():
-        for batch in plan_epoch(pairs, c.batch_tokens, np.random.default_rng((c.seed, epoch))):
-            yield epoch, batch
-
-
 def save(path, write):
     """Atomic: `write(file)` to a temporary file, flushed to the disk, then renamed."""
     temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with blame(f"{path}: cannot be written, and is as it was"):     # torch.save: a full disk is a RuntimeError
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
 
 
-def snapshot(c, model, optimizers, step, seconds):
-    """Everything a run needs to go on as if it had not stopped."""
-    return {"config": asdict(c), "step": step, "seconds": seconds,
-            "model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
+def save_json(path, value):
+    save(path, lambda file: file.write(json.dumps(value).encode()))
 
 
-def restore(state, model, optimizers):
-    try:
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
-    except (KeyError, RuntimeError, ValueError) as e:
-        raise DataError(f"the checkpoint does not fit this model and data: {str(e).partition(chr(10))[0]}") from None
+def append(path, row):
+    """`row` as the next line of a CSV file, under a header if it is the first."""
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, row)
+        if not file.tell():
+            writer.writeheader()
+        writer.writerow({key: f"{value:.9g}" for key, value in row.items()})
 
 
 def load_checkpoint(path):
-    try:
+    with blame(f"{path}: not a checkpoint of this program"):
         state = torch.load(path, map_location="cpu", weights_only=True)
-        Run(**state["config"])
-    except (KeyError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
-        raise DataError(f"{path}: not a checkpoint of this program: {str(e).partition(chr(10))[0]}") from None
-    return state
+        check(Run(**state["config"] | {"device": "cpu"}))
+        return {key: state[key] for key in ("config", "names", "step", "seconds", "log", "model", "optimizer")}
 
 
-def open_log(path, step):
-    """(file, csv writer) of log.csv. A resumed run keeps the lines up to its checkpoint and appends."""
-    kept = []
-    if path.exists():
-        with open(path, newline="") as old:
-            kept = [row for row in csv.DictReader(old) if int(row["step"]) <= step]
-    file = open(path, "w", newline="")
-    writer = csv.DictWriter(file, ("step", "epoch", "seconds", "lr", "loss", "grad_norm", "tokens_per_s", "padding",
-                                   "heldout_loss", "heldout_tokens", "heldout_grids"))
-    writer.writeheader()
-    writer.writerows(kept)
-    return file, writer
+def join(device):
+    """(device, rank, world) of this process: torchrun starts several and sets the variables."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group()
+    return torch.device(device), rank, world
 
 
-# ---------------------------------------------------------------------------------------------- main
-def main(argv=None):
-    c, state = parse(argv)
-    device = torch.device(c.device)
-    torch.manual_seed(c.seed)
-    torch.set_float32_matmul_precision("high")          # TF32 where bfloat16 does not reach
-    amp = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=c.dtype == "bfloat16")
-    out = Path(c.out)
+def agree(values, world):
+    """Rank 0's `values`, in every process: one clock and one Ctrl-C for all."""
+    values = torch.tensor(values, dtype=torch.float64)
+    if world > 1:
+        dist.broadcast(values, 0)
+    return values.tolist()
 
-    # ---- data and model
-    names, free, pairs, heldout, evaluation = load_data(c, device)
-    model = Transformer(Config(n_vocab=N_VOCAB, n_task=len(names), n_view=N_DIHEDRAL, d_model=c.d_model,
-                               n_head=c.n_head, n_layer=c.n_layer, ffn_factor=c.ffn_factor if c.ffn else 0,
-                               dense=c.dense, dropout=c.dropout)).to(device)
-    budget = f"{c.steps} steps" if c.steps else f"{c.minutes:g} minutes"
-    print(f"{c.arm} on {device}: D={c.d_model} H={c.n_head} L={c.n_layer}, {model.n_params() / 1e6:.2f} M parameters, "
-          f"{c.dtype}{', compiled' if c.compile else ''}; {len(pairs.task)} pairs of at most {c.max_tokens} tokens, "
-          f"{budget}, {c.batch_tokens} tokens a step; into {out}  (any flag changes this: --help)")
-    out.mkdir(parents=True, exist_ok=True)
-    save(out / "config.json", lambda file: file.write(json.dumps(asdict(c), indent=1).encode()))
-    optimizers = make_optimizers(model, c)
-    if c.compile:                                   # before the clock starts; the layers share one compiled block
+
+# ---------------------------------------------------------------------------------------------- train, compare, main
+def train(c, state, model, names, pairs, heldout, rank, world):
+    """Trains `model` to the end of its budget, or to Ctrl-C; returns what it came to, or None if it was stopped."""
+    out, step, seconds = Path(c.out), 0, 0.0
+    optimizer = torch.optim.AdamW(model.parameter_groups(c.weight_decay), c.lr, betas=(0.9, 0.95), fused=True)
+    if state:
+        step, seconds = state["step"], state["seconds"]
+        with blame(f"{out}: the checkpoint's optimizer"):
+            optimizer.load_state_dict(state["optimizer"])
+    print(f"{c.arm} on {c.device}{f' x {world}' * (world > 1)}: D={c.d_model} H={c.n_head} L={c.n_layer}, "
+          f"{model.n_params() / 1e6:.2f} M parameters, {c.dtype}{', compiled' * c.compile}; {len(pairs.task)} pairs of at "
+          f"most {c.max_tokens} tokens, {f'{c.steps} steps' if c.steps else f'{c.minutes:g} minutes'}, "
+          f"{c.batch_tokens} tokens a step; into {out}  (any flag changes this: --help)")
+
+    def look(batches):
+        with autocast(c):
+            return evaluate(model, batches)
+
+    def checkpoint():
+        log = (out / "log.csv").stat().st_size if step else 0               # the lines that belong to it, in bytes
+        everything = {"config": asdict(c), "names": names, "step": step, "seconds": seconds, "log": log,
+                      "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        save(out / "checkpoint.pt", lambda file: torch.save(everything, file))
+
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
+        save_json(out / "config.json", asdict(c) | {"git": git.stdout.strip()})
+        if (out / "log.csv").exists():
+            os.truncate(out / "log.csv", state["log"])                      # what came after is made again
+        if not state:
+            checkpoint()
+    if c.compile:                                       # before the clock starts; the layers share one compiled block
         for block in model.blocks:
             block.compile(dynamic=True)
-        with amp():
+        with autocast(c):
             task_loss(model, *pairs.batch(*next(batches(pairs, c))[1])).backward()
         model.zero_grad()
-    step, seconds = 0, 0.0
-    if state:
-        restore(state, model, optimizers)
-        step, seconds = state["step"], state["seconds"]
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    for group in groups:
-        group.setdefault("peak", group["lr"])
+    net = DistributedDataParallel(model) if world > 1 else model
 
-    # ---- train
-    def checkpoint():
-        save(out / "checkpoint.pt", functools.partial(torch.save, snapshot(c, model, optimizers, step, seconds)))
-
-    file, log = open_log(out / "log.csv", step)
-    tokens, padding, rows, held, shown, stop = 0, 0, 0, 0.0, {}, []
+    stop, shown, held, tokens, padded = [], {}, 0.0, 0, 0
     handlers = {n: signal.signal(n, lambda *_: stop.append(1)) for n in (signal.SIGINT, signal.SIGTERM)}
-    start = clock = saved = time.perf_counter()
-    start -= seconds
-    bar = tqdm(total=100, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}", dynamic_ncols=True)
-    for epoch, batch in itertools.islice(batches(pairs, c), step, None):
+    clock = saved = time.perf_counter()
+    start = clock - seconds
+    bar = tqdm(total=100, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}", dynamic_ncols=True, disable=rank > 0)
+    for epoch, batch in itertools.islice(batches(pairs, c, world), step, None):
         seconds = time.perf_counter() - start
-        used = step / c.steps if c.steps else seconds / (60 * c.minutes)
-        if used >= 1 or stop:
+        used, stopped = agree([step / c.steps if c.steps else seconds / (60 * c.minutes), len(stop)], world)
+        if used >= 1 or stopped:
             break
-        for group in groups:
-            group["lr"] = group["peak"] * rate(used, c.warmup, c.decay)
-        torch.manual_seed((c.seed << 32) + step)        # dropout, too, follows from the seed and the step
+        lr = c.lr * rate(used, c.warmup, c.decay)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        torch.manual_seed((c.seed << 32) + step * world + rank)     # dropout, too, follows from seed, step and rank
 
         # ---- the step
-        *inputs, targets = pairs.batch(*batch)
-        with amp():
-            loss = task_loss(model, *inputs, targets)
-        loss.backward()
+        *inputs, targets = pairs.batch(*(part[rank::world] for part in batch))
+        with autocast(c):
+            loss = task_loss(net, *inputs, targets) * world / pairs.n_scored(*batch)
+        loss.backward()                                             # several processes: DDP takes the mean gradient
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.clip)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         # ----
 
-        step, tokens, rows = step + 1, tokens + targets.numel(), rows + len(targets)
-        padding += targets.numel() - int((pairs.length[batch[0], batch[1]] - 1).sum())
-        if step % c.log_every == 0:
-            row = {"step": step, "epoch": epoch, "loss": loss.item(), "grad_norm": norm.item(), "lr": groups[0]["lr"],
-                   "seconds": time.perf_counter() - start, "tokens_per_s": tokens / (time.perf_counter() - clock),
-                   "padding": padding / tokens}
-            if not math.isfinite(row["loss"] + row["grad_norm"]):
-                raise DataError(f"step {step}: loss {row['loss']}, gradient norm {row['grad_norm']}, learning rate "
-                                f"{row['lr']:.2g}; a lower --lr may help; {out} keeps earlier checkpoints")
+        step, tokens, padded = step + 1, tokens + pairs.n_tokens(*batch), padded + targets.numel() * world
+        if step % c.log_every and step != c.steps:
+            continue
+        if world > 1:
+            dist.all_reduce(loss)
+        loss, norm, speed = loss.item() / world, norm.item(), tokens / (time.perf_counter() - clock)
+        if not math.isfinite(norm):
+            raise DataError(f"step {step}: loss {loss:g}, gradient norm {norm:g}, learning rate {lr:.2g}; a lower --lr "
+                            f"may help; {out} keeps its last checkpoint")
+        if rank == 0:
+            row = {"step": step, "epoch": epoch, "seconds": time.perf_counter() - start, "lr": lr, "loss": loss,
+                   "grad_norm": norm, "tokens_per_s": speed, "padding": 1 - tokens / padded}
+            now, later = look([(*inputs, targets)]), {}
             if heldout and used >= held:
-                held = used + 0.05
-                found = evaluate(model, heldout, c.batch_tokens, amp)
-                row |= zip(("heldout_loss", "heldout_tokens", "heldout_grids"), found)
-                shown["held-out"] = f"{row['heldout_loss']:.3f}"
-            log.writerow({key: f"{value:.9g}" for key, value in row.items()})
-            file.flush()
-            shown |= {"loss": f"{row['loss']:.3f}", "tok/s": f"{row['tokens_per_s']:.0f}"}
-            if mfu := model.mfu(row["tokens_per_s"], tokens / rows):
-                shown["MFU"] = f"{mfu:.0%}"
+                later, held = look(heldout.as_they_are(c.batch_tokens)), used + 0.04
+                shown["held-out"] = f"{later['loss']:.3f}"
+            row |= {"pi": pi_score(loss, now["entropy"], norm)} | {key: now[key] for key in MONITORS[1:]}
+            row |= {f"heldout_{key}": later.get(key, math.nan) for key in MONITORS}
+            append(out / "log.csv", row | {name: value for name, value in now.items() if " " in name})
+            mfu = model.mfu(speed, targets.shape[1])
+            shown |= {"loss": f"{loss:.3f}", "tok/s": f"{speed:.0f}"} | ({"MFU": f"{mfu:.0%}"} if mfu else {})
             bar.set_postfix(shown, refresh=False)
             bar.update(100 * used - bar.n)
-            tokens = padding = rows = 0
-            clock = time.perf_counter()
             if time.perf_counter() - saved > 60 * c.save_minutes:
                 checkpoint()
                 saved = time.perf_counter()
-    bar.update(0 if stop else 100 - bar.n)
+        tokens, padded, clock = 0, 0, time.perf_counter()
+    bar.update(0 if stopped else 100 - bar.n)
     bar.close()
-    file.close()
-    checkpoint()
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    if stop:
+    if rank == 0:
+        checkpoint()
+    if stopped:
         print(f"stopped at step {step}; go on with: python train_arc.py --resume {out}")
-        return
-    if heldout:
-        found = evaluate(model, heldout, c.batch_tokens, amp)
-        print("held-out: loss {:.4f}, {:.1%} of tokens, {:.1%} of grids".format(*found))
-    if not c.score:
-        return
+        return None
+    result = {"arm": c.arm, "parameters": model.n_params(), "flops_per_token": model.flops_per_token(c.max_tokens),
+              "steps": step, "seconds": seconds}
+    if heldout and rank == 0:
+        result |= {f"heldout_{key}": value for key, value in look(heldout.as_they_are(c.batch_tokens)).items()}
+        print("held-out: loss {heldout_loss:.4f}, {heldout_tokens:.1%} of tokens, {heldout_grids:.1%} of grids; {heldout_"
+              "active:.0%} of the neurons active".format(**result))
+    return result
 
-    # ---- answer every test input of the evaluation split that fits, then score
-    model.eval()
-    index, trained = {name: n for n, name in enumerate(names)}, set(pairs.task)
-    asked = {(name, i): (index[name], grid) for name, task in evaluation.items() for i, grid in enumerate(task.test)}
-    tried = {key: (task, grid) for key, (task, grid) in asked.items()
-             if task in trained and prompt_tokens(grid) < c.max_tokens}
-    answers = dict(zip(tried, answer(model, list(tried.values()), free, c, amp)))
-    submission = {name: [vote(answers.get((name, i), [])) for i in range(len(task.test))]
-                  for name, task in evaluation.items()}
-    save(out / "submission.json", lambda file: file.write(json.dumps(submission).encode()))
-    (pass1, pass2), solved = score(submission, read_solutions(c.data, "evaluation", evaluation))
-    result = {"pass@1": pass1, "pass@2": pass2, "solved": solved, "tasks": len(evaluation),
-              "tried": len(tried), "asked": len(asked)}
-    save(out / "result.json", lambda file: file.write(json.dumps(result).encode()))
-    print(f"evaluation: pass@1 {pass1:.2%}, pass@2 {pass2:.2%} (mean over a task's test outputs, then over the "
-          f"{len(evaluation)} tasks), {solved} tasks solved whole; {len(tried)} of {len(asked)} test inputs were short "
-          "enough to try")
+
+def compare(c, given):
+    """--ab: every arm with every seed, one run after the other, each its own process and folder; then their table.
+
+    Finished runs are kept and stopped ones go on: the same command continues, and runs made by hand count.
+    """
+    arms = {"no-ffn": {"ffn": False}, "ffn": {"ffn": True}, "dense": {"dense": True},
+            "no-ffn-deep": {"ffn": False, "n_layer": round(c.n_layer * (1 + c.ffn_factor / 2))}}
+    signal.signal(signal.SIGINT, lambda *_: None)                           # Ctrl-C is for the run in hand
+    runs = {}
+    for seed, arm in itertools.product(range(c.seeds), arms):
+        folder = Path(c.out) / f"{arm}-seed{seed}"
+        if not (folder / "result.json").exists():
+            flags = given | arms[arm] | {"seed": seed, "out": folder}
+            words = [f"--{'no-' * (value is False)}{dashed(name)}{'' if isinstance(value, bool) else f'={value}'}"
+                     for name, value in flags.items()]
+            words = [f"--resume={folder}"] if (folder / "checkpoint.pt").exists() else words
+            status = subprocess.run([sys.executable, __file__, *words]).returncode
+            if status or not (folder / "result.json").exists():
+                sys.exit(status or 130)
+        with open(folder / "log.csv", newline="") as file:
+            rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+        runs[arm, seed] = read_object(folder / "result.json"), [r for r in rows if r["heldout_loss"] == r["heldout_loss"]]
+
+    steps, seconds = (min(curve[-1][key] for _, curve in runs.values()) for key in ("step", "seconds"))
+    target = max(curve[-1]["heldout_loss"] for _, curve in runs.values())   # the loss that every run reaches
+    table = {}
+    for key, (result, curve) in runs.items():
+        reached = next(row for row in curve if row["heldout_loss"] <= target)
+        table[key] = {
+            "parameters": result["parameters"], "FLOPs/token": result["flops_per_token"],
+            "steps/s": result["steps"] / result["seconds"], "held-out loss at the end": result["heldout_loss"],
+            f"at step {steps:g}": [row["heldout_loss"] for row in curve if row["step"] <= steps][-1],
+            f"at {seconds:.0f} s": [row["heldout_loss"] for row in curve if row["seconds"] <= seconds][-1],
+            f"steps to {target:.3f}": reached["step"], f"seconds to {target:.3f}": reached["seconds"],
+            **{name: result.get(name, math.nan) for name in ("pass@1", "pass@2", "solved")},
+            "active": result["heldout_active"], "failed": result["heldout_failed"], "PI": curve[-1]["pi"]}
+    head = list(table["no-ffn", 0])
+    lines = [" | ".join([f"| arm (n = {c.seeds})", *head, ""]), "|---" * (1 + len(head)) + "|"]
+    for arm in arms:
+        cells = [f"{np.mean(x):.4g}" + f" ± {np.std(x, ddof=1):.2g}" * bool(np.ptp(x) > 0)
+                 for x in zip(*(table[arm, seed].values() for seed in range(c.seeds)))]
+        lines.append(" | ".join([f"| {arm}", *cells, ""]))
+    save(Path(c.out) / "table.md", lambda file: file.write("\n".join([*lines, ""]).encode()))
+    print("\n".join(lines))
+
+
+def main(argv=None):
+    mode, c, state, given = parse(argv)
+    if mode == "ab":
+        return compare(c, given)
+    device, rank, world = join(c.device)
+    if rank > 0:
+        sys.stdout = None                               # print is silent then: one process speaks
+    torch.manual_seed(c.seed)
+    torch.set_float32_matmul_precision("high")          # TF32 where bfloat16 does not reach
+    torch.backends.cuda.enable_cudnn_sdp(False)         # it plans anew for each shape, and there are thousands
+    names, pairs, heldout = (state["names"], None, None) if mode == "eval" else load_data(c, device)
+    model = Transformer(Config(n_vocab=N_VOCAB, n_task=len(names), n_view=N_DIHEDRAL, d_model=c.d_model,
+                               n_head=c.n_head, n_layer=c.n_layer, ffn_factor=c.ffn_factor if c.ffn else 0,
+                               dense=c.dense, dropout=c.dropout)).to(device)
+    if state:
+        if state["names"] != names:
+            raise DataError(f"{c.data}, {c.extra or 'no --extra'}: other tasks than those of the checkpoint in {c.out}")
+        with blame("the checkpoint is of another shape"):
+            model.load_state_dict(state["model"])
+    if mode == "eval":
+        Path(c.out).mkdir(parents=True, exist_ok=True)
+    result = {} if mode == "eval" else train(c, state, model, names, pairs, heldout, rank, world)
+    if result is not None:
+        result |= solve(c, model, names, rank, world) if c.score or mode == "eval" else {}
+        if rank == 0:
+            save_json(Path(c.out) / "result.json", result)
+    if world > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
@@ -712,4 +878,5 @@ if __name__ == "__main__":
         print(f"error: {fault}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
+        print("interrupted; the folder of the run keeps what was saved", file=sys.stderr)
         sys.exit(130)
