@@ -4,7 +4,11 @@
     x      = block_l(x), l = 1..L                                     positions: rotary angles in each block
     logits = head(norm(x))                                            (B, T, n_vocab)
 
-Symbols   B batch, T tokens, P prompt columns, D width, H heads, h = D/H, L layers, f FFN factor, A position axes.
+A sequence is a pair of grids; a token's position is its row, its column and its role (0 input, 1 output):
+
+    <start> input rows, <nl> after each <sep> output rows, <nl> after each <end>
+
+Symbols   B batch, T tokens, P prompt columns, D width, H heads, h = D/H, L layers, f FFN factor.
 Copy      this file, block.py, dynsiha.py and spl.py.
 Run       python model.py
 """
@@ -22,14 +26,36 @@ from block import Block
 from dynsiha import KVCache, rotary
 from spl import SparseProtoLinear, bench
 
-IGNORE = -100           # the target of a token that is not scored
+START, NL, SEP, END, N_VOCAB = 10, 11, 12, 13, 14       # 0..9 are the colours
+MAX_SIDE = 30                                           # rows and columns of a grid, at most
+IGNORE = -100                                           # the target of a token that is not scored
 # dense bfloat16 FLOP/s, from the data sheets
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "4090": 165e12, "5090": 210e12}
 
 
+def advance(token, pos):
+    """The position (row, column, role) after `token` (...,) at `pos` (..., 3)."""
+    row, column, role = pos.unbind(-1)
+    opens = (token == START) | (token == SEP)
+    row = torch.where(opens, 0, row + (token == NL))
+    column = torch.where(opens | (token == NL), 0, column + 1)
+    return torch.stack((row, column, role | (token == SEP)), dim=-1)
+
+
+def positions(tokens):
+    """Positions (B, T, 3) of whole sequences (B, T): what `advance` gives token by token, all at once."""
+    t = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    before = F.pad(tokens[:, :-1], (1, 0), value=START)                       # the token before each
+    opens, newline = (before == START) | (before == SEP), before == NL
+    newlines = newline.cumsum(1)
+    row = newlines - (newlines * opens).cummax(1).values                      # rows since the grid began
+    column = t - (t * (opens | newline)).cummax(1).values
+    return torch.stack((row, column, (before == SEP).cumsum(1).clamp(max=1)), dim=-1)
+
+
 @dataclass
 class Config:
-    n_vocab: int = 14       # tokens
+    n_vocab: int = N_VOCAB  # tokens
     n_task: int = 1         # task embeddings
     n_view: int = 8         # view embeddings
     d_model: int = 128      # D
@@ -60,10 +86,13 @@ class Transformer(nn.Module):
             nn.init.normal_(table.weight, std=0.1)    # small, so that the blocks soon outweigh them
         nn.init.zeros_(self.head.weight)              # the first prediction is uniform
 
-    def forward(self, tokens, pos, task, view, caches=None, mask=None):
-        """tokens (B, T), pos (B, T, A), task (B,), view (B,) -> logits (B, T, n_vocab); causal without a mask."""
+    def forward(self, tokens, task, view, pos=None, caches=None, mask=None):
+        """tokens (B, T), task (B,), view (B,) -> logits (B, T, n_vocab); causal without a mask.
+
+        pos (B, T, any number of axes) replaces `positions(tokens)`.
+        """
         x = self.token(tokens) + (self.task(task) + self.view(view)).unsqueeze(1)     # (B, T, D)
-        rope = rotary(pos, self.config.d_model // self.config.n_head)
+        rope = rotary(positions(tokens) if pos is None else pos, self.config.d_model // self.config.n_head)
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks)):
             x = block(x, rope, cache, mask)                                           # (B, T, D)
         return self.head(self.norm(x))                                                # (B, T, n_vocab)
@@ -105,12 +134,10 @@ class Transformer(nn.Module):
         return peak and 3 * self.flops_per_token(T) * tokens_per_s / peak
 
     @torch.inference_mode()
-    def generate(self, tokens, lengths, pos, task, view, max_new, end, advance, limit=math.inf,
-                 return_logits=False):
+    def generate(self, tokens, lengths, task, view, max_new, end=END, limit=MAX_SIDE, return_logits=False):
         """Greedy continuation of right-padded prompts, all rows at once -> (B, N <= max_new) tokens, `end` fills up.
 
-        tokens (B, P), lengths (B,), pos (B, P, A); advance(token (B,), pos (B, A)) is the next token's position.
-        A row ends with `end`, or where its position exceeds `limit` on any axis.
+        tokens (B, P), lengths (B,). A row ends with `end`, or where its row or column exceeds `limit`.
         New tokens are cached in the columns after P for every row. Positions travel as angles, so a column
         means nothing: the mask alone says that a row's padding, columns lengths..P, is never read.
         """
@@ -119,13 +146,13 @@ class Transformer(nn.Module):
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else head.dtype
         caches = [KVCache(B, c.n_head, P + max_new, c.d_model // c.n_head, device, dtype) for _ in self.blocks]
-        last = (torch.arange(B, device=device), lengths - 1)
-        logits, token, now = self(tokens, pos, task, view, caches)[last], tokens[last], pos[last]
+        last, pos = (torch.arange(B, device=device), lengths - 1), positions(tokens)
+        logits, token, now = self(tokens, task, view, pos, caches)[last], tokens[last], pos[last]
         readable = torch.ones(B, 1, 1, P + max_new, dtype=torch.bool, device=device)
         readable[..., :P] = (torch.arange(P, device=device) < lengths[:, None])[:, None, None]
         out, all_logits, done = [], [], torch.zeros(B, dtype=torch.bool, device=device)
         for column in range(P, P + max_new):
-            now = advance(token, now)                                                 # (B, A)
+            now = advance(token, now)                                                 # (B, 3)
             token = logits.argmax(-1).masked_fill(done, end)                          # (B,)
             done = done | (token == end) | (now > limit).any(-1)
             out.append(token)
@@ -133,15 +160,15 @@ class Transformer(nn.Module):
             if done.all() or column == P + max_new - 1:
                 break
             mask = readable[..., :column + 1]
-            logits = self(token[:, None], now[:, None], task, view, caches, mask)[:, -1]
+            logits = self(token[:, None], task, view, now[:, None], caches, mask)[:, -1]
         out = torch.stack(out, dim=1)
         return (out, torch.stack(all_logits, dim=1)) if return_logits else out
 
 
 # ---------------------------------------------------------------------------------------------- loss and monitors
-def task_loss(model, tokens, pos, task, view, targets):
+def task_loss(model, tokens, task, view, targets):
     """Cross-entropy summed over the tokens that have a target; the caller divides by their number in the batch."""
-    logits = model(tokens, pos, task, view)                                                       # (B, T, n_vocab)
+    logits = model(tokens, task, view)                                                            # (B, T, n_vocab)
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="sum")
 
 
@@ -152,7 +179,7 @@ def pi_score(loss, entropy, grad_norm, a=1.0, c=0.5):
 
 @torch.no_grad()
 def evaluate(model, batches):
-    """Means over `batches` of (tokens, pos, task, view, targets). Per target: loss, entropy, tokens (share right); per
+    """Means over `batches` of (tokens, task, view, targets). Per target: loss, entropy, tokens (share right); per
     row: grids (share right throughout); per SPL, over all tokens up to a row's last target: active (share of M > 0)
     and failed (routing failure: no neuron active); their plain means over the SPLs under "active" and "failed"."""
     sums = Counter()
@@ -185,13 +212,12 @@ if __name__ == "__main__":
     device = "cuda" if torch.cuda.is_available() else "cpu"
     B, T = 64, 32
     tokens = torch.randint(14, (B, T), device=device)
-    pos = torch.arange(T, device=device).expand(B, T)[..., None]
     zero = torch.zeros(B, dtype=torch.long, device=device)
     print(f"A model of D=128, L=4 on {device}: a training step on {B} sequences of {T} tokens")
     print(f"{'':10} {'parameters':>11} {'FLOPs/token':>12} {'ms':>7}")
     models = {"no FFN": Config(ffn_factor=0), "MoIE f=1": Config(), "dense": Config(dense=True)}
     models = {name: Transformer(config).to(device) for name, config in models.items()}
-    steps = {name: lambda m=m: m(tokens, pos, zero, zero).logsumexp(-1).sum().backward() for name, m in models.items()}
+    steps = {name: lambda m=m: m(tokens, zero, zero).logsumexp(-1).sum().backward() for name, m in models.items()}
     t = bench(steps)
     for name, m in models.items():
         print(f"{name:10} {m.n_params():11} {m.flops_per_token(T):12} {1000 * t[name]:7.1f}")
@@ -200,14 +226,13 @@ if __name__ == "__main__":
     nn.init.normal_(model.head.weight)
 
     def cached():
-        return model.generate(tokens, zero + T, pos, zero, zero, new, end=-1, advance=lambda token, at: at + 1)
+        return model.generate(tokens, zero + T, zero, zero, new, end=-1, limit=math.inf)
 
     @torch.inference_mode()
     def recomputed():
         seq = tokens
-        for i in range(T, T + new):
-            p = torch.arange(i, device=device).expand(B, i)[..., None]
-            seq = torch.cat((seq, model(seq, p, zero, zero)[:, -1:].argmax(-1)), 1)
+        for _ in range(new):
+            seq = torch.cat((seq, model(seq, zero, zero)[:, -1:].argmax(-1)), 1)
         return seq[:, T:]
 
     t = bench({"cached": cached, "recomputed": recomputed}, seconds=0)

@@ -2,10 +2,13 @@
 
 import itertools
 import json
+import math
 import re
+import resource
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train_arc
 from block import Block, MoIE
-from dynsiha import DynSIHA, KVCache, rotary, rotate
-from model import Config, Transformer
+from dynsiha import DynSIHA, rotary, rotate
+from model import Config, Transformer, advance, positions, task_loss
 from spl import SparseProtoLinear, mas_normalize, mas_reference, spl_reference
 
 HERE = Path(__file__).parent
@@ -90,7 +93,7 @@ def test_every_parameter_learns_at_init_and_after_ten_steps(tmp_path):
 
     def backward(batch):
         *inputs, targets = pairs.batch(*batch)
-        train_arc.task_loss(model, *inputs, targets).backward()
+        task_loss(model, *inputs, targets).backward()
 
     stream = train_arc.batches(pairs, run)
     for moment in ("at init", "after ten steps"):
@@ -222,29 +225,41 @@ def test_cached_decoding_gives_the_full_forwards_tokens_and_logits(device):
     tokens = torch.randint(10, (3, 9), device=device)
     tokens[:, 0] = train_arc.START
     task, view = torch.arange(3, device=device), torch.tensor([5, 0, 2], device=device)
-    out, logits = model.generate(tokens, lengths, train_arc.positions(tokens), task, view, new, end=-1,
-                                 advance=train_arc.advance, return_logits=True)
+    out, logits = model.generate(tokens, lengths, task, view, new, end=-1, return_logits=True)
     for row in range(3):
         sequence = tokens[row:row + 1, :lengths[row]]
         for i in range(new):
-            full = model(sequence, train_arc.positions(sequence), task[row:row + 1], view[row:row + 1])[:, -1]
+            full = model(sequence, task[row:row + 1], view[row:row + 1])[:, -1]
             torch.testing.assert_close(logits[row, i], full[0])
             assert full.argmax(-1) == out[row, i]
             sequence = torch.cat((sequence, out[row, i].view(1, 1)), 1)
 
 
-def test_a_row_that_has_ended_stays_ended():
+def generated():
+    """A random model's answer to random prompts, as a function of the options of `generate`."""
     model = Transformer(Config(d_model=16, n_head=2, n_layer=1)).eval()
     nn.init.normal_(model.head.weight)
-    tokens = torch.randint(10, (6, 5))
-    zero = torch.zeros(6, dtype=torch.long)
-    arguments = (tokens, zero + 5, line(6, 5).expand(6, 5, 3), zero, zero, 40)
-    free = model.generate(*arguments, end=-1, advance=train_arc.advance)
+    tokens, zero = torch.randint(10, (6, 5)), torch.zeros(6, dtype=torch.long)
+    return lambda **options: model.generate(tokens, zero + 5, zero, zero, 40, **options)
+
+
+def test_a_row_that_has_ended_stays_ended():
+    generate = generated()
+    free = generate(end=-1, limit=1000)
     end = int(free[0, 2])
-    out = model.generate(*arguments, end=end, advance=train_arc.advance)
+    out = generate(end=end, limit=1000)
     for row, reference in zip(out, free):
         first = (reference == end).nonzero()[0].item() if (reference == end).any() else len(reference)
         assert torch.equal(row[:first], reference[:first][:len(row)]) and (row[first:] == end).all()
+
+
+def test_a_row_that_leaves_the_30_by_30_format_ends():
+    """A model that repeats one colour makes one long row; it is cut where <nl> would be overdue."""
+    model = Transformer(Config(d_model=16, n_head=2, n_layer=1)).eval()
+    model.forward = lambda tokens, *_: F.one_hot(torch.full_like(tokens, 3), 14).float()
+    prompt = torch.from_numpy(train_arc.encode_prompt(np.ones((2, 2), np.uint8)).astype(np.int64))[None]
+    zero = torch.zeros(1, dtype=torch.long)
+    assert model.generate(prompt, zero + 8, zero, zero, 900).tolist() == [[3] * 32]
 
 
 # ---------------------------------------------------------------------------------------------- block.py, model.py
@@ -263,7 +278,7 @@ def test_model_flops_equal_torchs_counter(config):
     tokens, zero = torch.randint(14, (B, T)), torch.zeros(B, dtype=torch.long)
     # the counter knows no CPU flash kernel, so the attention runs as plain products
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model(tokens, line(B, T), zero, zero)
+        model(tokens, zero, zero)
     assert counter.get_total_flops() == B * T * model.flops_per_token(T)
 
 
@@ -282,7 +297,7 @@ def test_blocks_compile_whole_and_not_anew_for_each_shape(device, dense):
     for B, T in ((4, 20), (6, 31), (3, 44), (5, 17)):
         tokens = torch.randint(14, (B, T), device=device)
         zero = torch.zeros(B, dtype=torch.long, device=device)
-        inputs.append((tokens, train_arc.positions(tokens), zero, zero))
+        inputs.append((tokens, zero, zero))
     eager = [model(*i) for i in inputs]
     torch._dynamo.reset()
     for block in model.blocks:
@@ -355,11 +370,23 @@ def test_positions_in_parallel_equal_positions_step_by_step():
     sequence = np.concatenate((train_arc.encode_prompt(x), train_arc.encode_grid(y, train_arc.END)))
     other = np.concatenate((train_arc.encode_prompt(y), train_arc.encode_grid(x, train_arc.END)))
     tokens = torch.from_numpy(np.stack((sequence, np.pad(other, (0, len(sequence) - len(other)))))).long()
-    whole = train_arc.positions(tokens)
+    whole = positions(tokens)
     now = torch.zeros(2, 3, dtype=torch.long)
     for t in range(tokens.shape[1]):
         assert torch.equal(whole[:, t], now), f"token {t}"
-        now = train_arc.advance(tokens[:, t], now)
+        now = advance(tokens[:, t], now)
+    anything = torch.randint(14, (50, 40))
+    anything[:, 0] = train_arc.START
+    whole, now = positions(anything), torch.zeros(50, 3, dtype=torch.long)
+    for t in range(40):
+        assert torch.equal(whole[:, t], now)
+        now = advance(anything[:, t], now)
+
+
+def test_positions_count_rows_columns_and_roles():
+    x, y = np.ones((3, 2), np.uint8), np.ones((2, 4), np.uint8)
+    sequence = np.concatenate((train_arc.encode_prompt(x), train_arc.encode_grid(y, train_arc.END)))
+    whole = positions(torch.from_numpy(sequence).long()[None])
     assert whole[0, 1].tolist() == [0, 0, 0] and whole[0, 11].tolist() == [0, 0, 1]    # the first cells of both grids
     assert whole[0, 10].tolist() == [3, 0, 0] and whole[0, -1].tolist() == [2, 0, 1]   # <sep>, <end>
 
@@ -373,7 +400,7 @@ def tiny_pairs():
 def test_labels_are_shifted_once_and_outputs_only():
     """The target at t is token t + 1 of the output, <end> included; prompt and padding have none."""
     pairs, same = tiny_pairs(), np.tile(np.arange(14, dtype=np.uint8), (2, 1))
-    tokens, pos, task, view, targets = pairs.batch(np.array([0, 1]), np.array([0, 0]), same)
+    tokens, task, view, targets = pairs.batch(np.array([0, 1]), np.array([0, 0]), same)
     assert tokens[0, :9].tolist() == [10, 1, 1, 11, 12, 1, 11, 1, 11]
     assert targets[0, :9].tolist() == [-100] * 4 + [1, 11, 1, 11, 13]
     assert (targets[0, 9:] == -100).all() and task.tolist() == [0, 1] and view.tolist() == [0, 0]
@@ -532,13 +559,163 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path, monkeypatch):
         return real(*arguments)
     monkeypatch.setattr(train_arc, "task_loss", interrupted)
     stopped = train(data, tmp_path / "stopped", *flags)
-    with pytest.raises(train_arc.DataError, match="holds a run already"):
+    with pytest.raises(train_arc.DataError, match="holds a run already; .* --resume"):
         train_arc.parse(["--out", str(tmp_path / "stopped")])
     assert len(calls) == 9 and not equal(whole, stopped)
     train_arc.main(["--resume", str(tmp_path / "stopped")])
     assert equal(whole, torch.load(tmp_path / "stopped/checkpoint.pt", weights_only=True)["model"])
     steps = [line.split(",")[0] for line in (tmp_path / "stopped/log.csv").read_text().splitlines()]
-    assert steps == ["step"] + [str(step) for step in range(2, 25, 2)]
+    assert steps == ["step"] + [str(step) for step in (*range(2, 25, 2), 25)]
+
+
+FAST = ["--device", "cpu", "--no-compile", "--no-score", "--log-every", "2"]
+
+
+def script(*words, launcher=(sys.executable,), **options):
+    command = [*launcher, HERE / "train_arc.py", *words]
+    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_runs_killed_at_random_moments_end_with_the_same_weights(tmp_path):
+    """kill -9 while a checkpoint is written at every second step, resumed until done, against a run left alone."""
+    data, flags = one_task_set(tmp_path / "data"), [*FAST, "--steps", "400", "--save-minutes", "0", "--dropout", "0.1"]
+    whole, out = train(data, tmp_path / "whole", *flags), tmp_path / "killed"
+    rng, kills = np.random.default_rng(0), 0
+    run = script(*SMALL, *flags, "--data", data, "--out", out)
+    while not (out / "result.json").exists():
+        while run.poll() is None and not (out / "log.csv").exists():
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.4))
+        if kills < 4:
+            run.kill()
+            kills += 1
+        run.communicate()
+        if not (out / "result.json").exists():
+            run = script("--resume", out)
+            time.sleep(3)
+    assert kills > 1 and equal(whole, torch.load(out / "checkpoint.pt", weights_only=True)["model"])
+    steps = [line.split(",")[0] for line in (out / "log.csv").read_text().splitlines()]
+    assert steps == ["step"] + [str(step) for step in range(2, 401, 2)]
+
+
+def test_two_processes_train_as_one_on_the_same_global_batch(tmp_path):
+    """gloo on the CPU: loss, gradient norm and held-out loss at every step, to rounding; one process writes."""
+    flags = [*FAST, "--steps", "20"]
+    train(ARC1, tmp_path / "one", *flags)
+    torchrun = sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"
+    run = script(*SMALL, *flags, "--data", ARC1, "--out", tmp_path / "two", "--score", "--colour-votes", "1", launcher=torchrun)
+    output, error = run.communicate()
+    assert run.returncode == 0, error
+    assert output.count("held-out: loss") == 1 and (tmp_path / "two/submission.json").exists()
+    one, two = (np.genfromtxt(tmp_path / name / "log.csv", delimiter=",", names=True) for name in ("one", "two"))
+    for column in ("step", "loss", "grad_norm", "heldout_loss", "active"):
+        np.testing.assert_allclose(one[column], two[column], rtol=1e-4)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    real, calls = train_arc.task_loss, []
+
+    def broken(*arguments):
+        calls.append(1)
+        return real(*arguments) * (math.nan if len(calls) > 12 else 1)
+    monkeypatch.setattr(train_arc, "task_loss", broken)
+    with pytest.raises(train_arc.DataError, match=r"step 14: loss nan, gradient norm nan, learning rate 0.00"):
+        train(one_task_set(tmp_path / "data"), tmp_path / "out", *FAST, "--steps", "50", "--save-minutes", "0")
+    state = torch.load(tmp_path / "out/checkpoint.pt", weights_only=True)
+    assert state["step"] == 12 and all(p.isfinite().all() for p in state["model"].values())
+
+
+def test_a_full_disk_or_a_folder_that_cannot_be_is_one_line_and_earlier_files_stay(tmp_path):
+    data, out = one_task_set(tmp_path / "data"), tmp_path / "out"
+    train(data, out, *FAST, "--steps", "10")
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+
+    def full():                                         # no file may grow beyond 20 kB, as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+    for words, options in ((["--resume", out], {"preexec_fn": full}),
+                           ([*SMALL, *FAST, "--data", data, "--out", out / "config.json/x"], {})):
+        run = script(*words, **options)
+        _, error = run.communicate()
+        assert run.returncode == 2 and error.splitlines()[-1].startswith("error: ") and "Traceback" not in error
+        assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+
+
+def test_a_saved_model_is_scored_and_shown_as_its_run_was(tmp_path, capsys):
+    """--eval answers what the run answered; --show draws input, target and attempts, in plain digits without a
+    terminal; a checkpoint of another shape is refused."""
+    data, out = one_task_set(tmp_path / "data"), tmp_path / "out"
+    train(data, out, "--device", "cpu", "--no-compile", "--steps", "20")
+    capsys.readouterr()
+    again = ["--eval", str(out / "checkpoint.pt"), "--out", str(tmp_path / "again"), "--show", "2"]
+    train_arc.main(again)
+    shown = capsys.readouterr().out
+    assert (tmp_path / "again/submission.json").read_bytes() == (out / "submission.json").read_bytes()
+    target = json.loads((data / "arc-agi_evaluation_solutions.json").read_text())["mirror"][0]
+    assert "mirror test 0\ninput   target  attempt 1 wrong  attempt 2 wrong" in shown and "\033" not in shown
+    assert all(" ".join(map(str, row)) in shown for row in target)
+    with pytest.raises(train_arc.DataError, match="holds|not empty"):
+        train_arc.main(again)
+    with pytest.raises(train_arc.DataError, match="another shape.*size mismatch"):
+        train_arc.main([*again[:2], "--out", str(tmp_path / "other"), "--d-model", "64"])
+
+
+def test_drawings_colour_every_cell_and_wrap_to_the_terminal():
+    grids = [("one", [[0, 9]]), ("two", [[5], [6]])]
+    assert train_arc.draw(grids, False, 80) == "one   two\n0 9   5\n      6\n"
+    assert train_arc.draw(grids, False, 9) == "one\n0 9\n\ntwo\n5\n6\n"
+    coloured = train_arc.draw(grids, True, 80)
+    bare = [line.rstrip() for line in re.sub(r"\033\[[0-9;]*m", "", coloured).splitlines()]
+    assert coloured.count("\033[48;5;") == 4 and bare == train_arc.draw(grids, False, 80).splitlines()
+
+
+def test_every_layout_reads_the_same_and_a_test_set_without_solutions_is_answered(tmp_path, capsys):
+    """Kaggle's files, GitHub's folders, a plain folder of tasks (ConceptARC); Kaggle's test set has no solutions."""
+    kaggle, github = one_task_set(tmp_path / "kaggle"), one_task_set(tmp_path / "github", github=True)
+    (tmp_path / "plain/concept").mkdir(parents=True)
+    shutil.copy(github / "evaluation/mirror.json", tmp_path / "plain/concept/mirror1.json")
+    read = [list(train_arc.read_tasks(folder, "evaluation").values()) for folder in (kaggle, github, tmp_path / "plain")]
+    assert repr(read[0]) == repr(read[1]) == repr(read[2]) and train_arc.read_tasks(tmp_path / "plain", "training") == {}
+    for folder, name in ((kaggle, "mirror"), (github, "mirror"), (tmp_path / "plain", "mirror1")):
+        tasks = train_arc.read_tasks(folder, "evaluation")
+        output = train_arc.read_solutions(folder, "evaluation", tasks)[name][0]
+        assert np.array_equal(output, tasks[name].train[0][1])
+    (kaggle / "arc-agi_evaluation_challenges.json").rename(kaggle / "arc-agi_test_challenges.json")
+    train(kaggle, tmp_path / "out", "--split", "test", "--steps", "4", "--no-compile", "--show", "1")
+    assert "cannot be scored" in capsys.readouterr().out
+    assert list(json.loads((tmp_path / "out/submission.json").read_text())) == ["mirror"]
+
+
+@pytest.mark.parametrize("change, fault", [
+    (lambda s: s.pop("t"), "task t: no 't'"), (lambda s: s["t"].pop(), "task t: 1 entries; expected a list of 2"),
+    (lambda s: s["t"][1].pop("attempt_2"), "task t: 1 attempt_2: no 'attempt_2'"),
+    (lambda s: s["t"][0].update(attempt_1=[[10]]), "task t: 0 attempt_1: a cell is 10")])
+def test_a_submission_is_read_strictly(tmp_path, change, fault):
+    submission = {"t": [{"attempt_1": [[1]], "attempt_2": [[2]]} for _ in range(2)]}
+    tasks, file = {"t": train_arc.Task([], [None, None])}, tmp_path / "submission.json"
+    file.write_text(json.dumps(submission))
+    assert train_arc.read_submission(file, tasks) == submission
+    change(submission)
+    file.write_text(json.dumps(submission | {"other": 1}))
+    with pytest.raises(train_arc.DataError, match="submission.json") as e:
+        train_arc.read_submission(file, tasks)
+    assert fault in str(e.value)
+
+
+def test_scores_equal_a_scorer_written_from_the_rule():
+    """The ARC Prize: an output counts if either attempt equals it; a task's score is the mean over its outputs."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        solutions = {f"t{n}": [rng.integers(0, 2, (1, 2)) for _ in range(rng.integers(1, 4))] for n in range(10)}
+        submission = {name: [{key: rng.integers(0, 2, (1, 2)).tolist() for key in train_arc.ATTEMPTS} for _ in outputs]
+                      for name, outputs in solutions.items()}
+        scores, whole = [], 0
+        for name, outputs in solutions.items():
+            correct = [output.tolist() in (given["attempt_1"], given["attempt_2"])
+                       for output, given in zip(outputs, submission[name])]
+            scores.append(sum(correct) / len(correct))
+            whole += all(correct)
+        (_, pass2), solved = train_arc.score(submission, solutions)
+        assert abs(pass2 - sum(scores) / len(scores)) < 1e-12 and solved == whole
 
 
 def test_the_model_overfits_one_task_and_decodes_its_output_exactly(tmp_path, capsys):
@@ -559,19 +736,18 @@ def task_with(cell):
 
 
 @pytest.mark.parametrize("text, fault", [
-    ("{", "not JSON"), ("[]", "expected an object"), ('{"t": []}', "no 'train' pairs"),
-    ('{"t": {"train": []}}', "no 'train' pairs"),
-    ('{"t": {"train": [{"input": [[1]]}]}}', "has no 'output'"),
-    ('{"t": {"train": [{"input": [[1]], "output": [[1]]}]}}', "no 'test' pairs"),
-    (task_with("[]"), "0 rows"), (task_with("[[]]"), "1 rows of widths [0]"),
-    (task_with("[[1], [1, 2]]"), "widths [1, 2]"),
-    (task_with(json.dumps([[1]] * 31)), "31 rows"), (task_with("[[10]]"), "a cell is 10"),
-    (task_with("[[-1]]"), "a cell is -1"),
-    (task_with("[[1.5]]"), "a cell is 1.5"), (task_with('[["3"]]'), 'a cell is "3"'),
-    (task_with("[[true]]"), "a cell is true"),
-    (task_with("[[null]]"), "a cell is null"), (task_with("[[NaN]]"), "a cell is NaN"),
-    (task_with("[[[1]]]"), "a cell is list"),
-    (task_with("3"), "0 rows"), ("[" * 100000, "not JSON"), ("\udcff", "not JSON")])
+    ("{", "not JSON"), (json.dumps(GOOD)[:-9], "not JSON"), ("[" * 100000, "not JSON"), ("\udcff", "not JSON"),
+    ('{"t": 1, "t": 2}', "'t' is there twice"), ("[]", "list; expected a dict"), ("{}", "0 entries; expected a dict"),
+    ('{"t": []}', "task t: list; expected a dict"), ('{"t": {"test": []}}', "task t: no 'train'"),
+    ('{"t": {"train": [], "test": []}}', "task t: train: 0 entries; expected a list of at least one"),
+    (json.dumps(GOOD).replace("output", "out"), "task t: train: 0 output: no 'output'"),
+    (json.dumps(GOOD).replace("input", "in", 1), "task t: train: 0 input: no 'input'"),
+    (json.dumps(GOOD).replace("test", "tests"), "task t: no 'test'"),
+    (task_with("[]"), "test: 0 input: 0 entries"), (task_with("[[]]"), "test: 0 input: 0 entries"),
+    (task_with("[[1], [1, 2]]"), "2 rows of widths [1, 2]"), (task_with(json.dumps([[1]] * 31)), "31 rows"),
+    (task_with(json.dumps([[1] * 31])), "widths [31]"), (task_with("3"), "int; expected a list"),
+    *((task_with(f"[[1, {cell}]]"), f"a cell is {cell}; expected an integer from 0 to 9")
+      for cell in ("10", "-1", "1.5", '"3"', "true", "null", "NaN", "[1]", "[[[[1]]]]"))])
 def test_bad_tasks_are_named(tmp_path, text, fault):
     file = tmp_path / "arc-agi_training_challenges.json"
     file.write_text(text, encoding="utf-8", errors="surrogateescape")
@@ -581,8 +757,9 @@ def test_bad_tasks_are_named(tmp_path, text, fault):
 
 
 @pytest.mark.parametrize("text, fault", [
-    ("{}", "task t: no solutions; expected 1"), ('{"t": [[[1]], [[1]]]}', "task t: 2 solutions; expected 1"),
-                                         ('{"t": [[[11]]]}', "a cell is 11"), ("", "not JSON")])
+    ('{"other": [[[1]]]}', "task t: solutions: NoneType; expected a list of 1"),
+    ('{"t": [[[1]], [[1]]]}', "task t: solutions: 2 entries; expected a list of 1"),
+    ('{"t": [[[11]]]}', "task t: solutions: 0: a cell is 11"), ("", "not JSON")])
 def test_bad_solutions_are_named(tmp_path, text, fault):
     (tmp_path / "arc-agi_training_challenges.json").write_text(json.dumps(GOOD))
     (tmp_path / "arc-agi_training_solutions.json").write_text(text)
@@ -591,13 +768,36 @@ def test_bad_solutions_are_named(tmp_path, text, fault):
     assert fault in str(e.value)
 
 
+def test_bad_sets_are_named(tmp_path):
+    """An empty folder, one id in two files or two splits, a training split without solutions."""
+    run = train_arc.Run(**train_arc.DEFAULTS["cpu"] | {"data": str(tmp_path), "device": "cpu"})
+
+    def fault():
+        with pytest.raises(train_arc.DataError, match=re.escape(str(tmp_path))) as e:
+            train_arc.load_data(run, torch.device("cpu"))
+        return str(e.value)
+    assert "no evaluation tasks" in fault()
+    (tmp_path / "a").mkdir()
+    for file in ("t.json", "a/t.json"):
+        (tmp_path / file).write_text(json.dumps(GOOD["t"]))
+    assert "task t is in" in fault()
+    for split in ("training", "evaluation"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "t.json").write_text(json.dumps(GOOD["t"]))
+    assert "task t is in both splits" in fault()
+    (tmp_path / "evaluation/t.json").rename(tmp_path / "evaluation/u.json")
+    assert "the training split has no solutions" in fault()
+
+
 @pytest.mark.parametrize("flags, fault", [
     (["--d-model", "30"], "--d-model 30"), (["--minutes", "0"], "--minutes 0"), (["--lr", "-1"], "--lr -1"),
     (["--lr", "nan"], "--lr nan"),
     (["--steps", "-5"], "--steps -5"), (["--device", "abacus"], "--device abacus"),
     (["--dtype", "int8"], "--dtype int8"),
     (["--dropout", "1"], "--dropout 1"), (["--dense", "--no-ffn"], "--dense --no-ffn"),
-    (["--data", "nowhere"], "nowhere"), (["--resume", "nowhere"], "nowhere"),
+    (["--data", "nowhere"], "nowhere"), (["--resume", "nowhere"], "nowhere"), (["--eval", "nowhere"], "nowhere"),
+    (["--lr", "fast"], "--lr"), (["--speed", "3"], "--speed"), (["--eval", "x", "--resume", "y"], "not allowed with"),
+    (["--batch-tokens", "100"], "--batch-tokens 100: expected at least --max-tokens"), (["--split", "x"], "--split x"),
     (["--out", str(HERE / "data")], "is not empty"), (["--resume", "x", "--lr", "1"], "no other flag"),
     (["--max-tokens", "3", "--data", str(ARC1)], "--max-tokens")])
 def test_bad_flags_end_with_one_line_and_status_2(tmp_path, flags, fault):

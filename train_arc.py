@@ -13,9 +13,7 @@ The recipe: one demonstration pair is one sequence; a learned embedding per task
 sees the demonstration pairs of every task, the evaluation tasks' too, and never a test output of the evaluation
 split: these are read in `solve` alone, after the answers. The training split's own test pairs are held out, for tuning.
 
-    <start> input rows, <nl> after each <sep> output rows, <nl> after each <end>
-
-Symbols   B batch, T tokens, P pairs, V views.
+Symbols   B batch, T tokens.
 """
 
 import argparse
@@ -38,15 +36,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from model import IGNORE, Config, Transformer, evaluate, pi_score, task_loss
+from model import (END, IGNORE, MAX_SIDE, N_VOCAB, NL, SEP, START, Config, Transformer, evaluate, pi_score, task_loss)
 
 # ---------------------------------------------------------------------------------------------- grids <-> tokens
-START, NL, SEP, END, N_VOCAB = 10, 11, 12, 13, 14       # 0..9 are the colours
-MAX_SIDE = 30
 MAX_OUTPUT = MAX_SIDE * (MAX_SIDE + 1) + 1              # 30 rows of 30 cells and <nl>, then <end>
 
 HERE = Path(__file__).parent
@@ -89,27 +84,6 @@ def decode_grid(tokens):
 
 def encode_prompt(x):
     return np.concatenate(([np.uint8(START)], encode_grid(x, SEP)))
-
-
-def advance(token, pos):
-    """The position (row, column, role) after `token` (...,) at `pos` (..., 3); role: 0 input, 1 output."""
-    row, column, role = pos.unbind(-1)
-    opens = (token == START) | (token == SEP)
-    row = torch.where(opens, 0, row + (token == NL))
-    column = torch.where(opens | (token == NL), 0, column + 1)
-    return torch.stack((row, column, role | (token == SEP)), dim=-1)
-
-
-def positions(tokens):
-    """Positions (B, T, 3) of whole sequences (B, T): what `advance` gives token by token, all at once."""
-    t = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-    before = F.pad(tokens[:, :-1], (1, 0), value=START).long()                # the token before each
-    role = (before == SEP).cumsum(1)
-    newlines = (before == NL).cumsum(1)
-    row = newlines - (newlines * (before == SEP)).cummax(1).values            # rows since the grid began
-    opens = (before == NL) | (before == START) | (before == SEP)
-    column = t - (t * opens).cummax(1).values
-    return torch.stack((row, column, role), dim=-1)
 
 
 # ---------------------------------------------------------------------------------------------- views
@@ -208,11 +182,11 @@ def read_tasks(folder, split):
     tasks = {}
     for name, (file, raw) in read_split(folder, split).items():
         with blame(f"{file}: task {name}"):
-            expect(raw, dict)
+            train, test = (expect(raw, dict)[part] for part in ("train", "test"))
             with blame("train"):
-                train = list(zip(read_grids(raw.get("train"), "input"), read_grids(raw.get("train"), "output")))
+                train = list(zip(read_grids(train, "input"), read_grids(train, "output")))
             with blame("test"):
-                tasks[name] = Task(train, read_grids(raw.get("test"), "input"))
+                tasks[name] = Task(train, read_grids(test, "input"))
     return tasks
 
 
@@ -240,7 +214,7 @@ def read_submission(file, tasks):
     for name, task in tasks.items():
         with blame(f"{file}: task {name}"):
             for key in ATTEMPTS:
-                read_grids(expect(found.get(name), list, len(task.test)), key)
+                read_grids(expect(found[name], list, len(task.test)), key)
     return found
 
 
@@ -281,7 +255,7 @@ class Pairs:
         self.flat = torch.from_numpy(flat).to(device)
 
     def batch(self, index, view, colours):
-        """Pairs index (B,) in views (B,) under colour tables (B, 14) -> tokens, positions, task, view, targets.
+        """Pairs index (B,) in views (B,) under colour tables (B, 14) -> tokens, task, view, targets.
 
         The target at t is token t + 1 where that is an output token, IGNORE elsewhere.
         """
@@ -293,13 +267,7 @@ class Pairs:
         tokens = to_device(colours, self.device).long().gather(1, tokens)
         scored = (t >= prompt[:, None]) & (t < end[:, None])
         targets = tokens.masked_fill(~scored, IGNORE)[:, 1:]
-        return tokens[:, :-1], positions(tokens[:, :-1]), task, view, targets
-
-    def n_scored(self, index, view, _):
-        return int((self.length - self.prompt)[index, view].sum())
-
-    def n_tokens(self, index, view, _):
-        return int((self.length[index, view] - 1).sum())
+        return tokens[:, :-1], task, view, targets
 
     def as_they_are(self, batch_tokens):
         """Every pair once, in the first view and its true colours, batch by batch."""
@@ -436,8 +404,7 @@ def decode(jobs, model, c):
     tokens, lengths, task, view = (to_device(array, device) for array in (tokens, lengths, task, view))
     most = min(MAX_OUTPUT, c.max_tokens - int(lengths[-1]))
     with autocast(c), torch.compiler.set_stance("force_eager"):
-        out = model.generate(tokens, lengths, positions(tokens), task, view, most, END, advance, limit=MAX_SIDE)
-    return out.cpu().numpy()
+        return model.generate(tokens, lengths, task, view, most).cpu().numpy()
 
 
 def vote(grids):
@@ -638,12 +605,14 @@ def check(c):
 def save(path, write):
     """Atomic: `write(file)` to a temporary file, flushed to the disk, then renamed."""
     temporary = path.with_suffix(".tmp")
-    with blame(f"{path}: cannot be written, and is as it was"):     # torch.save: a full disk is a RuntimeError
-        with open(temporary, "wb") as file:
+    try:
+        with open(temporary, "wb") as file, blame(f"{path}: cannot be written"):    # to torch.save a RuntimeError
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def save_json(path, value):
@@ -730,7 +699,7 @@ def train(c, state, model, names, pairs, heldout, rank, world):
     clock = saved = time.perf_counter()
     start = clock - seconds
     bar = tqdm(total=100, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}", dynamic_ncols=True, disable=rank > 0)
-    for epoch, batch in itertools.islice(batches(pairs, c, world), step, None):
+    for epoch, (index, view, colours) in itertools.islice(batches(pairs, c, world), step, None):
         seconds = time.perf_counter() - start
         used, stopped = agree([step / c.steps if c.steps else seconds / (60 * c.minutes), len(stop)], world)
         if used >= 1 or stopped:
@@ -740,17 +709,19 @@ def train(c, state, model, names, pairs, heldout, rank, world):
             group["lr"] = lr
         torch.manual_seed((c.seed << 32) + step * world + rank)     # dropout, too, follows from seed, step and rank
 
+        length = pairs.length[index, view]
+
         # ---- the step
-        *inputs, targets = pairs.batch(*(part[rank::world] for part in batch))
+        *inputs, targets = pairs.batch(index[rank::world], view[rank::world], colours[rank::world])
         with autocast(c):
-            loss = task_loss(net, *inputs, targets) * world / pairs.n_scored(*batch)
+            loss = task_loss(net, *inputs, targets) * world / int((length - pairs.prompt[index, view]).sum())
         loss.backward()                                             # several processes: DDP takes the mean gradient
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.clip)
         optimizer.step()
         optimizer.zero_grad()
         # ----
 
-        step, tokens, padded = step + 1, tokens + pairs.n_tokens(*batch), padded + targets.numel() * world
+        step, tokens, padded = step + 1, tokens + int((length - 1).sum()), padded + targets.numel() * world
         if step % c.log_every and step != c.steps:
             continue
         if world > 1:
