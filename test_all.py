@@ -608,7 +608,7 @@ def test_two_processes_train_as_one_on_the_same_global_batch(tmp_path):
     assert run.returncode == 0, error
     assert output.count("held-out: loss") == 1 and (tmp_path / "two/submission.json").exists()
     one, two = (np.genfromtxt(tmp_path / name / "log.csv", delimiter=",", names=True) for name in ("one", "two"))
-    for column in ("step", "loss", "grad_norm", "heldout_loss", "active"):
+    for column in ("step", "loss", "grad_norm", "heldout_loss", "heldout_active"):
         np.testing.assert_allclose(one[column], two[column], rtol=1e-4)
 
 
