@@ -12,8 +12,10 @@ Symbols   B batch, T tokens, S cached tokens, D width, H heads, h = D/H head wid
 Cost      4 SPLs: 12·D² multiply-adds per token, plus 2·T·D for the attention itself.
 Source    DynSIHA is the attention of Tiny-ONN; rotary positions: Su et al. 2021, arXiv:2104.09864.
 Copy      this file and spl.py.
-Run       python dynsiha.py
+Run       python dynsiha.py [checkpoint of train_arc.py]
 """
+
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -88,12 +90,49 @@ if __name__ == "__main__":
     print(f"Attention at B={B} T={T} D={D} H={H} on {device}, forward and backward")
     for name, linear, weights in (("dense", "nn.Linear", 4), ("sparse", "SPL", 12)):
         print(f"  {linear:10} {weights:3}·D² weights {1000 * t[name]:8.2f} ms  {t[name] / t['dense']:5.2f}x")
-    print("The first attention, token -> prototypes: share of neurons that fire, at initialization")
-    for name in "qkv":
-        print(f"  {name}: {(getattr(sparse, name).route(x)[1] > 0).float().mean():.0%}")
     cache, y = KVCache(B, H, T, D // H, device), sparse(x, rope)
     mask = torch.ones(B, 1, 1, 8, dtype=torch.bool, device=device)
     steps = [sparse(x[:, i:i + 1], [r[:, :, i:i + 1] for r in rope], cache, mask[..., :i + 1]) for i in range(8)]
     error = (torch.cat(steps, 1) - y[:, :8]).abs().max()
     print(f"Token by token through the cache the output differs by at most {error:.1e}")
     assert y.shape == (B, T, D)
+
+    # Both attentions on a real pair, the first of ARC's training task 0d3d703e: recolour each column by a fixed map.
+    grids = [[3, 1, 2]] * 3, [[4, 5, 6]] * 3
+    names, pos = ["<start>"], [(0, 0, 0)]
+    for role, grid in enumerate(grids):
+        for r, row in enumerate(grid):
+            names += [str(cell) for cell in row] + ["<nl>"]
+            pos += [(r, column, role) for column in range(len(row) + 1)]
+        names.append(("<sep>", "<end>")[role])
+        pos.append((len(grid), 0, role))
+    vocabulary = [*"0123456789", "<start>", "<nl>", "<sep>", "<end>"]
+    if len(sys.argv) > 1:                               # block 0 of a checkpoint; its task embedding is left out
+        state = torch.load(sys.argv[1], map_location="cpu", weights_only=True)
+        weights, H = state["model"], state["config"]["n_head"]
+        embedding = weights["token.weight"] + weights["view.weight"][0]
+        layer, head = DynSIHA(embedding.shape[1], H), "blocks.0.attn."
+        layer.load_state_dict({name.removeprefix(head): w for name, w in weights.items() if name.startswith(head)})
+        scale = weights["blocks.0.attn_norm.weight"]
+    else:
+        embedding, layer, scale = torch.randn(14, D), DynSIHA(D, H), torch.ones(D)
+    with torch.no_grad():
+        D, t = embedding.shape[1], names.index("<sep>")
+        x = F.rms_norm(embedding[[vocabulary.index(name) for name in names]], (D,), scale)[None]     # (1, T, D)
+        rope = rotary(torch.tensor([pos]), D // H)
+        q, k, v = (f(x).view(1, -1, H, D // H).transpose(1, 2) for f in (layer.q, layer.k, layer.v))
+        scores = rotate(q, *rope) @ rotate(k, *rope).mT / (D // H) ** 0.5                            # (1, H, T, T)
+        weight = scores[0, :, t, :t + 1].softmax(-1)                                                # (H, t + 1)
+        y = F.scaled_dot_product_attention(rotate(q, *rope), rotate(k, *rope), v, is_causal=True)
+        inputs = {"q": x, "k": x, "v": x, "o": y.transpose(1, 2).reshape(1, -1, D)}
+    print("\nThe double attention of <sep>, which must name the output's first cell, in a "
+          + (f"trained layer, {sys.argv[1]}" if len(sys.argv) > 1 else "random layer (give a checkpoint for a trained one)"))
+    print("  first, token -> prototypes: neurons that fire, and the strongest with their masks")
+    for name, inner in inputs.items():
+        M = getattr(layer, name).route(inner)[1][0, t]
+        top = "  ".join(f"{j}: {M[j]:.2f}" for j in M.topk(5).indices.tolist())
+        print(f"    {name}: {(M > 0).sum()} of {D};  {top}")
+    print("  second, token -> tokens: where its heads look, token at (row, column, role) and weight")
+    for head in range(min(H, 4)):
+        top = "  ".join(f"{names[s]} at {pos[s]}: {weight[head, s]:.2f}" for s in weight[head].topk(3).indices.tolist())
+        print(f"    head {head}: {top}")

@@ -103,15 +103,22 @@ class Transformer(nn.Module):
         others = [p for p in self.parameters() if not any(p is matrix for matrix in matrices)]
         return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
+    def spls(self):
+        return {name: m for name, m in self.named_modules() if isinstance(m, SparseProtoLinear)}
+
     @contextmanager
     def watch(self):
-        """While open, each forward fills the dict that this yields: {name of an SPL: its mask M (B, T, D_out)}."""
+        """While open, each forward fills the dict that this yields: {name of an SPL: (SPL, x, Y_out)}; Y_out keeps
+        its gradient."""
         def keep(name):
-            return lambda spl, x, _: masks.update({name: spl.route(x[0])[1]})
-        masks, spls = {}, [(name, m) for name, m in self.named_modules() if isinstance(m, SparseProtoLinear)]
-        hooks = [m.register_forward_hook(keep(name)) for name, m in spls]
+            def hook(spl, x, y):
+                seen[name] = spl, x[0], y
+                if y.requires_grad:
+                    y.retain_grad()
+            return hook
+        seen, hooks = {}, [spl.register_forward_hook(keep(name)) for name, spl in self.spls().items()]
         try:
-            yield masks
+            yield seen
         finally:
             for hook in hooks:
                 hook.remove()
@@ -172,6 +179,11 @@ def task_loss(model, tokens, task, view, targets):
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="sum")
 
 
+def unpadded(targets):
+    """(B, T): 1 up to a row's last target, 0 in the padding after it."""
+    return (targets != IGNORE).int().flip(1).cummax(1).values.flip(1)
+
+
 def pi_score(loss, entropy, grad_norm, a=1.0, c=0.5):
     """Predictive integrity (SigmaPI), in (0, 1]: exp(−a·((1 − c)·loss/entropy + c·grad_norm))."""
     return math.exp(-a * ((1 - c) * loss / max(entropy, 1e-9) + c * grad_norm))
@@ -184,19 +196,20 @@ def evaluate(model, batches):
     and failed (routing failure: no neuron active); their plain means over the SPLs under "active" and "failed"."""
     sums = Counter()
     model.eval()
-    with model.watch() as masks, torch.compiler.set_stance("force_eager"):
+    with model.watch() as seen, torch.compiler.set_stance("force_eager"):
         for *inputs, targets in batches:
             logp = model(*inputs).float().log_softmax(-1)                                         # (B, T, n_vocab)
             scored, right = targets != IGNORE, logp.argmax(-1) == targets                         # (B, T)
-            real = scored.int().flip(1).cummax(1).values.flip(1)                                  # (B, T)
+            real = unpadded(targets)                                                              # (B, T)
             sums.update({
                 "loss": F.nll_loss(logp.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum"),
                 "entropy": -((logp.exp() * logp).sum(-1) * scored).sum(), "tokens": (right & scored).sum(),
                 "grids": (right | ~scored).all(1).sum(), "scored": scored.sum(), "rows": len(targets),
                 "real": real.sum()})
-            for name, M in masks.items():
-                sums[f"active {name}"] += ((M > 0).float().mean(-1) * real).sum()
-                sums[f"failed {name}"] += (~(M > 0).any(-1) * real).sum()
+            for name, (spl, x, _) in seen.items():
+                fires = spl.route(x)[1] > 0                                                           # (B, T, D_out)
+                sums[f"active {name}"] += (fires.float().mean(-1) * real).sum()
+                sums[f"failed {name}"] += (~fires.any(-1) * real).sum()
     model.train()
     sums = {name: float(value) for name, value in sums.items()}
     found = {name: sums[name] / sums["rows" if name == "grids" else "scored"]

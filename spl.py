@@ -117,6 +117,34 @@ class SparseProtoLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
+# ---- SARS (Surprise-Aware Routing Shaping): routing learns to fire the neurons that are worth it ----
+def goodness(e, r, k, eps=0.01):
+    """A neuron's worth, mas(mas(e)·mas(r)) / (mas(k) + eps), from its contribution e = ‖Y_out_j‖, its relevance
+    r = ‖dLoss/dY_comp_j‖ and its learning cost k = ‖dLoss/dW_mu_j‖; each (D_out,), over all tokens of a batch."""
+    return mas_normalize(mas_normalize(e) * mas_normalize(r)) / (mas_normalize(k) + eps)
+
+
+def jsd(p, q):
+    """Jensen-Shannon divergence over the last axis, in [0, ln 2]; an entry of 0 counts as its limit."""
+    tiny = torch.finfo(p.dtype).tiny
+    logm = ((p + q) / 2).clamp_min(tiny).log()
+    return sum((d * (d.clamp_min(tiny).log() - logm)).sum(-1) for d in (p, q)) / 2
+
+
+def routing_loss(spl, x, Y_out, real):
+    """L_route = mean over tokens of JSD(M / ΣM ‖ goodness / Σ goodness), after the task loss's backward pass.
+
+    x (..., D_in) and Y_out (..., D_out) are the layer's, Y_out.grad kept; real (...,) is 0 for padding, which counts
+    in nothing. It reaches W_p and W_g alone. A token whose mask is all 0 has L_route = ln 2 / 2 and no gradient.
+    """
+    def normalized(z):
+        return z / z.sum(-1, keepdim=True).clamp_min(torch.finfo(z.dtype).tiny)
+    M, real = spl.route(x.detach())[1].float(), real.unsqueeze(-1)                        # (..., D_out), (..., 1)
+    e, r = ((z.detach().float() * real).flatten(0, -2).norm(dim=0) for z in (Y_out, Y_out.grad * M.detach()))
+    G = goodness(e, r, spl.mu_weight.grad.norm(dim=1))
+    return (jsd(normalized(M), normalized(G)) * real[..., 0]).sum() / real.sum()
+
+
 def bench(candidates, seconds=3.0):
     """{name: function} -> {name: median seconds}; they take turns, so that a noisy machine is noisy for all."""
     times, start = {name: [] for name in candidates}, time.perf_counter()

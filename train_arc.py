@@ -29,7 +29,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -39,7 +39,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from model import (END, IGNORE, MAX_SIDE, N_VOCAB, NL, SEP, START, Config, Transformer, evaluate, pi_score, task_loss)
+from model import (END, IGNORE, MAX_SIDE, N_VOCAB, NL, SEP, START, Config, Transformer,
+                   evaluate, pi_score, task_loss, unpadded)
+from spl import routing_loss
 
 # ---------------------------------------------------------------------------------------------- grids <-> tokens
 MAX_OUTPUT = MAX_SIDE * (MAX_SIDE + 1) + 1              # 30 rows of 30 cells and <nl>, then <end>
@@ -504,6 +506,7 @@ class Run:
     heldout: bool = flag(True, "hold out the training split's test pairs, for tuning; without, train on them too")
     score: bool = flag(True, "answer and score the split at the end")
     device: str = flag("auto", "cpu, cuda, or auto: cuda where there is one")
+    sars: bool = flag(False, "train W_p and W_g by the routing loss of SARS in place of the task loss")
     seed: int = flag(0, "seed of weights, order, views and colours")
     seeds: int = flag(3, "seeds of each arm under --ab: 0, 1, ...", 1)
     minutes: float = flag(None, "training budget in minutes; scoring comes on top", 0.01)
@@ -594,6 +597,7 @@ def check(c):
             (c.device not in devices, f"--device {c.device}: not available here; expected {' or '.join(devices)}"),
             (c.d_model % (2 * c.n_head), f"--d-model {c.d_model}: expected a multiple of twice --n-head {c.n_head}"),
             (c.dtype not in ("float32", "bfloat16"), f"--dtype {c.dtype}: expected float32 or bfloat16"),
+            (c.sars and (c.dense or world > 1), "--sars: needs SPLs and one process; leave out --dense and torchrun"),
             (c.split not in ("evaluation", "test"), f"--split {c.split}: expected evaluation or test"),
             (c.batch_tokens < world * c.max_tokens, f"--batch-tokens {c.batch_tokens}: expected at least --max-tokens "
                                                     f"{c.max_tokens} for each of {world} processes")):
@@ -686,9 +690,11 @@ def train(c, state, model, names, pairs, heldout, rank, world):
             os.truncate(out / "log.csv", state["log"])                      # what came after is made again
         if not state:
             checkpoint()
+    routing = [p for spl in model.spls().values() for p in (spl.proto_weight, spl.gate_weight)] if c.sars else []
+    others = [p for p in model.parameters() if not any(p is q for q in routing)]
     if c.compile:                                       # before the clock starts; the layers share one compiled block
-        for block in model.blocks:
-            block.compile(dynamic=True)
+        for module in model.spls().values() if c.sars else model.blocks:        # SARS must see into the blocks
+            module.forward = torch.compile(module.forward, dynamic=True)
         with autocast(c):
             task_loss(model, *pairs.batch(*next(batches(pairs, c))[1])).backward()
         model.zero_grad()
@@ -713,10 +719,18 @@ def train(c, state, model, names, pairs, heldout, rank, world):
 
         # ---- the step
         *inputs, targets = pairs.batch(index[rank::world], view[rank::world], colours[rank::world])
-        with autocast(c):
+        with autocast(c), model.watch() if c.sars else nullcontext() as seen:
             loss = task_loss(net, *inputs, targets) * world / int((length - pairs.prompt[index, view]).sum())
         loss.backward()                                             # several processes: DDP takes the mean gradient
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.clip)
+        if c.sars:                                  # W_p and W_g learn from the routing loss, and from nothing else
+            with autocast(c):
+                real = unpadded(targets)
+                route_loss = sum(routing_loss(*layer, real) for layer in seen.values()) / len(seen)
+            for p in routing:
+                p.grad = None
+            route_loss.backward()
+            torch.nn.utils.clip_grad_norm_(routing, c.clip)
+        norm = torch.nn.utils.clip_grad_norm_(others, c.clip)
         optimizer.step()
         optimizer.zero_grad()
         # ----
@@ -737,6 +751,7 @@ def train(c, state, model, names, pairs, heldout, rank, world):
             if heldout and used >= held:
                 later, held = look(heldout.as_they_are(c.batch_tokens)), used + 0.04
                 shown["held-out"] = f"{later['loss']:.3f}"
+            row |= {"route_loss": route_loss.item() if c.sars else math.nan}
             row |= {"pi": pi_score(loss, now["entropy"], norm)} | {key: now[key] for key in MONITORS[1:]}
             row |= {f"heldout_{key}": later.get(key, math.nan) for key in MONITORS}
             append(out / "log.csv", row | {name: value for name, value in now.items() if " " in name})
