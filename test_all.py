@@ -22,8 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import train_arc
 from block import Block, MoIE
 from dynsiha import DynSIHA, rotary, rotate
-from model import Config, Transformer, advance, positions, task_loss
-from spl import SparseProtoLinear, mas_normalize, mas_reference, spl_reference
+from model import Config, Transformer, advance, evaluate, pi_score, positions, task_loss, unpadded
+from spl import SparseProtoLinear, goodness, jsd, mas_normalize, mas_reference, routing_loss, spl_reference
 
 HERE = Path(__file__).parent
 ARC1, ARC2 = HERE / "data/arc-agi-1", HERE / "data/arc-agi-2"
@@ -178,6 +178,123 @@ def test_one_spl_output_computes_xor():
         p.data = torch.tensor(value)
     y = layer(torch.tensor([[0., 0.], [0., 1.], [1., 0.], [1., 1.]]))
     assert y.flatten().tolist() == [0, 1, 1, 0]
+
+
+# ---------------------------------------------------------------------------------------------- spl.py: SARS
+def test_goodness_of_two_neurons():
+    """mas(e)·mas(r) = (1, .5)·(.25, 1) = (.25, .5), so worth (.5, 1) against costs (.5, 1)."""
+    worth = goodness(torch.tensor([2., 1.]), torch.tensor([1., 4.]), torch.tensor([1., 2.]), eps=0.1)
+    torch.testing.assert_close(worth, torch.tensor([0.5 / 0.6, 1 / 1.1]))
+
+
+def test_jsd_is_0_for_equal_ln_2_for_disjoint_symmetric_and_finite_at_zeros():
+    p, q = torch.rand(2, 5, 7, dtype=torch.float64).softmax(-1)
+    zeros, first, second = torch.tensor([[0., 0., 0.], [1., 0., 0.], [0., .5, .5]], dtype=torch.float64)
+    torch.testing.assert_close(jsd(p, p), torch.zeros(5, dtype=torch.float64))
+    torch.testing.assert_close(jsd(p, q), jsd(q, p))
+    assert (jsd(p, q) > 0).all() and abs(jsd(first, second) - math.log(2)) < 1e-12
+    assert abs(jsd(zeros, first) - math.log(2) / 2) < 1e-12 and jsd(zeros, zeros) == 0
+    for r in (zeros, first):
+        r.requires_grad_()
+        assert torch.autograd.grad(jsd(r, second), r)[0].isfinite().all()
+
+
+def routed(layer, x, real):
+    """The routing loss of `layer` after the backward pass of a random task loss on its output."""
+    y = layer(x)
+    y.retain_grad()
+    (y * torch.randn_like(y)).sum().backward()
+    return routing_loss(layer, x, y, real)
+
+
+def test_the_routing_loss_reaches_proto_and_gate_alone_and_ignores_padding():
+    layer, x = random_spl(), torch.randn(3, 6, 8, dtype=torch.float64, requires_grad=True)
+    real = torch.ones(3, 6)
+    real[1, 4:] = 0
+    loss = routed(layer, x, real)
+    layer.zero_grad()
+    x.grad = None
+    loss.backward()
+    assert x.grad is None and not layer.mu_weight.grad.any() and not layer.mu_bias.grad.any()
+    assert layer.proto_weight.grad.abs().sum() > 0 and layer.gate_weight.grad.abs().sum() > 0
+    torch.manual_seed(1)
+    loss = routed(layer, x, real)
+    with torch.no_grad():
+        x[1, 4:] = 0
+    layer.zero_grad()
+    torch.manual_seed(1)
+    y = layer(x)
+    y.retain_grad()
+    (y * torch.randn_like(y) * real[..., None]).sum().backward()      # padding has no gradient, as in training
+    again = routing_loss(layer, x, y, real)
+    x.data[1, 4:] = 100
+    torch.testing.assert_close(again, routing_loss(layer, x, y, real))
+    assert 0 < loss < math.log(2)
+
+
+def test_a_layer_whose_mask_is_zero_fails_and_gets_no_routing_gradient():
+    model = Transformer(Config(d_model=8, n_head=2, n_layer=1, ffn_factor=0)).double()
+    layer = model.blocks[0].attn.q
+    nn.init.zeros_(layer.proto_weight)
+    nn.init.zeros_(layer.gate_weight)
+    zero = torch.zeros(2, dtype=torch.long)
+    tokens = torch.randint(10, (2, 5))
+    found = evaluate(model, [(tokens, zero, zero, tokens)])
+    assert found["failed blocks.0.attn.q"] == 1 and found["active blocks.0.attn.q"] == 0
+    assert found["failed blocks.0.attn.k"] == 0 and found["failed"] == 0.25
+    loss = routed(layer, torch.randn(2, 5, 8, dtype=torch.float64), torch.ones(2, 5))
+    loss.backward()
+    assert loss == 0 and not layer.proto_weight.grad.any() and not layer.gate_weight.grad.any()
+
+
+@pytest.mark.parametrize("cut, moved", [("routing_loss", False), ("task_loss", True)])
+def test_sars_has_two_streams_that_do_not_mix(tmp_path, monkeypatch, cut, moved):
+    """Without its own loss each stream's weights stand still, exactly, whatever the other loss does."""
+    real = getattr(train_arc, cut)
+    monkeypatch.setattr(train_arc, cut, lambda *arguments: 0 * real(*arguments))
+    data, flags = one_task_set(tmp_path / "data"), [*FAST, "--sars", "--weight-decay", "0"]
+    start = train(data, tmp_path / "start", *flags, "--steps", "1", "--lr", "1e-7")
+    end = train(data, tmp_path / "end", *flags, "--steps", "5", "--lr", "1e-2")
+    for name in start:
+        routing = "proto" in name or "gate" in name
+        still = (start[name] - end[name]).abs().max() < 1e-5
+        assert still == (routing != moved) or name.startswith(("task", "token")) and routing == moved, name
+
+
+def test_sars_under_autocast_and_compile(tmp_path):
+    """The same losses compiled as eager; bfloat16 close to float32."""
+    data, logs = one_task_set(tmp_path / "data"), {}
+    for name, flags in (("eager", []), ("compiled", ["--compile"]), ("bfloat16", ["--dtype", "bfloat16"])):
+        train(data, tmp_path / name, *FAST, "--sars", "--steps", "6", "--lr", "1e-3", *flags)
+        logs[name] = np.genfromtxt(tmp_path / name / "log.csv", delimiter=",", names=True)
+    for name, rtol in (("compiled", 1e-3), ("bfloat16", 0.05)):
+        for column in ("loss", "route_loss", "active"):
+            np.testing.assert_allclose(logs["eager"][column], logs[name][column], rtol=rtol)
+
+
+# ---------------------------------------------------------------------------------------------- monitors
+def test_monitors_of_hand_made_tensors():
+    """One SPL of two neurons, x = (1, −1), (−1, 1), (−1, −1): neuron 0 fires, neuron 1 fires, none does."""
+    assert abs(pi_score(0.6, 1.2, 0.3) - math.exp(-(0.5 * 0.6 / 1.2 + 0.5 * 0.3))) < 1e-12
+    model = Transformer(Config(d_model=8, n_head=2, n_layer=1, ffn_factor=0))
+    target = torch.tensor([[4, 4, -100, -100], [-100, 4, 5, -100]])
+    zero = torch.zeros(2, dtype=torch.long)
+    assert unpadded(target).tolist() == [[1, 1, 0, 0], [1, 1, 1, 0]]
+    logits = torch.zeros(2, 4, 14)
+    logits[..., 4] = 3.0
+    model.head.forward = lambda x: logits
+    found = evaluate(model, [(target.clamp(min=0), zero, zero, target)])
+    p = logits[0, 0].softmax(-1)
+    assert found["tokens"] == 0.75 and found["grids"] == 0.5
+    assert abs(found["loss"] - (-3 * p[4].log() - p[5].log()).item() / 4) < 1e-6
+    assert abs(found["entropy"] + (p * p.log()).sum().item()) < 1e-6
+    layer = model.blocks[0].attn.q
+    seen = {}
+    layer.register_forward_hook(lambda spl, x, y: seen.update(M=spl.route(x[0])[1]))
+    fires = lambda: (seen["M"] > 0).float()
+    found = evaluate(model, [(target.clamp(min=0), zero, zero, target)])
+    real = unpadded(target).bool()
+    assert abs(found["active blocks.0.attn.q"] - fires()[real].mean().item()) < 1e-6
 
 
 # ---------------------------------------------------------------------------------------------- dynsiha.py
@@ -798,6 +915,7 @@ def test_bad_sets_are_named(tmp_path):
     (["--data", "nowhere"], "nowhere"), (["--resume", "nowhere"], "nowhere"), (["--eval", "nowhere"], "nowhere"),
     (["--lr", "fast"], "--lr"), (["--speed", "3"], "--speed"), (["--eval", "x", "--resume", "y"], "not allowed with"),
     (["--batch-tokens", "100"], "--batch-tokens 100: expected at least --max-tokens"), (["--split", "x"], "--split x"),
+    (["--sars", "--dense"], "--sars"),
     (["--out", str(HERE / "data")], "is not empty"), (["--resume", "x", "--lr", "1"], "no other flag"),
     (["--max-tokens", "3", "--data", str(ARC1)], "--max-tokens")])
 def test_bad_flags_end_with_one_line_and_status_2(tmp_path, flags, fault):
