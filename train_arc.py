@@ -123,13 +123,8 @@ class Task:
 
 def read_object(path):
     """The JSON object in `path`."""
-    def unique(pairs):
-        names = Counter(name for name, _ in pairs)
-        if len(names) < len(pairs):
-            raise ValueError(f"{names.most_common(1)[0][0]!r} is there twice")
-        return dict(pairs)
     with blame(f"{path}: not JSON"):
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+        value = json.loads(path.read_text(encoding="utf-8"))
     with blame(path):
         return expect(value, dict)
 
@@ -279,13 +274,9 @@ class Pairs:
             yield self.batch(index, np.zeros_like(index), np.tile(same, (len(index), 1)))
 
 
-def prompt_tokens(x):
-    """Length of the longest prompt over the views: <start>, <sep>, and a <nl> for each row or column."""
-    return x.size + max(x.shape) + 2
-
-
 def pair_tokens(x, y):
-    return prompt_tokens(x) + y.size + max(y.shape) + 1
+    """Length of a pair in its longest view: the cells, a <nl> for each row or column, <start>, <sep>, <end>."""
+    return x.size + max(x.shape) + y.size + max(y.shape) + 3
 
 
 def to_device(array, device):
@@ -445,9 +436,9 @@ def solve(c, model, names, rank=0, world=1):
     """Answers the test inputs of c.split, writes submission.json, and, where there are solutions, scores it."""
     model.eval()
     tasks, index = read_tasks(c.data, c.split), {name: n for n, name in enumerate(names)}
-    asked = [(name, i) for name, task in tasks.items() for i in range(len(task.test))]
-    tried = [(name, i) for name, i in asked if name in index and prompt_tokens(tasks[name].test[i]) < c.max_tokens]
-    prompts = [(index[name], tasks[name].test[i], free_colours(tasks[name], c.permute_colours)) for name, i in tried]
+    asked = {(name, i): grid for name, task in tasks.items() for i, grid in enumerate(task.test)}
+    tried = [key for key, x in asked.items() if key[0] in index and pair_tokens(x, x[:1, :1]) <= c.max_tokens]
+    prompts = [(index[key[0]], asked[key], free_colours(tasks[key[0]], c.permute_colours)) for key in tried]
     votes = dict(zip(tried, answer(model, prompts, c, rank, world)))
     if rank > 0:
         return {}
@@ -459,11 +450,11 @@ def solve(c, model, names, rank=0, world=1):
 
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for name, i in tried[:c.show]:
-        target = solutions[name][i].tolist() if solutions else None
-        told = [(f"{key} {'right' if grid == target else 'wrong' if target else ''}".replace("_", " "), grid)
-                for key, grid in submission[name][i].items()]
-        print(f"{name} test {i}\n" + draw([("input", tasks[name].test[i].tolist())] + [("target", target)] * bool(target)
-                                          + told, colour, shutil.get_terminal_size().columns))
+        target = solutions and solutions[name][i].tolist()
+        grids = [("input", asked[name, i].tolist())] + [("target", target)] * bool(target)
+        for key, grid in submission[name][i].items():
+            grids.append((f"{key.replace('_', ' ')} {'right' if grid == target else 'wrong'}", grid))
+        print(f"{name} test {i}\n{draw(grids, colour, shutil.get_terminal_size().columns)}")
     print(f"{c.split}: {len(tried)} of {len(asked)} test inputs were short enough and of a trained task; see {file}")
     if solutions is None:
         print(f"{c.data}: no solutions of the {c.split} split; the submission is written, and cannot be scored here")
@@ -570,7 +561,8 @@ def parse(argv=None):
         device = given.get("device", "auto")
         device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         base = DEFAULTS.get(device, DEFAULTS["cpu"]) | {"out": "runs/ab" if mode == "ab" else ""}
-        given |= {"device": device, "lr": given.get("lr", base["lr"] * (DENSE_LR if given.get("dense") else 1))}
+        base["lr"] *= DENSE_LR if given.get("dense") else 1
+        given["device"] = device
     else:
         if mode == "resume" and given:
             raise DataError("--resume takes no other flag: the run goes on under its own")
@@ -800,23 +792,23 @@ def compare(c, given):
             status = subprocess.run([sys.executable, __file__, *words]).returncode
             if status or not (folder / "result.json").exists():
                 sys.exit(status or 130)
-        with open(folder / "log.csv", newline="") as file:
-            rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
-        runs[arm, seed] = read_object(folder / "result.json"), [r for r in rows if r["heldout_loss"] == r["heldout_loss"]]
+        curve = np.genfromtxt(folder / "log.csv", delimiter=",", names=True)
+        runs[arm, seed] = read_object(folder / "result.json"), curve[np.isfinite(curve["heldout_loss"])]
 
-    steps, seconds = (min(curve[-1][key] for _, curve in runs.values()) for key in ("step", "seconds"))
-    target = max(curve[-1]["heldout_loss"] for _, curve in runs.values())   # the loss that every run reaches
+    steps, seconds = (min(curve[axis][-1] for _, curve in runs.values()) for axis in ("step", "seconds"))
+    target = max(curve["heldout_loss"][-1] for _, curve in runs.values())   # the loss that every run reaches
     table = {}
     for key, (result, curve) in runs.items():
-        reached = next(row for row in curve if row["heldout_loss"] <= target)
+        loss = curve["heldout_loss"]
+        reached = curve[np.argmax(loss <= target)]
         table[key] = {
             "parameters": result["parameters"], "FLOPs/token": result["flops_per_token"],
             "steps/s": result["steps"] / result["seconds"], "held-out loss at the end": result["heldout_loss"],
-            f"at step {steps:g}": [row["heldout_loss"] for row in curve if row["step"] <= steps][-1],
-            f"at {seconds:.0f} s": [row["heldout_loss"] for row in curve if row["seconds"] <= seconds][-1],
+            f"at step {steps:g}": loss[curve["step"] <= steps][-1],
+            f"at {seconds:.0f} s": loss[curve["seconds"] <= seconds][-1],
             f"steps to {target:.3f}": reached["step"], f"seconds to {target:.3f}": reached["seconds"],
             **{name: result.get(name, math.nan) for name in ("pass@1", "pass@2", "solved")},
-            "active": result["heldout_active"], "failed": result["heldout_failed"], "PI": curve[-1]["pi"]}
+            "active": result["heldout_active"], "failed": result["heldout_failed"], "PI": curve["pi"][-1]}
     head = list(table["no-ffn", 0])
     lines = [" | ".join([f"| arm (n = {c.seeds})", *head, ""]), "|---" * (1 + len(head)) + "|"]
     for arm in arms:
