@@ -6,6 +6,7 @@ import math
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -662,8 +663,9 @@ def test_same_seed_same_weights_other_seed_others(tmp_path):
     assert equal(runs[0], runs[1]) and not equal(runs[0], runs[2])
 
 
-def test_a_resumed_run_ends_with_the_same_weights(tmp_path, monkeypatch):
-    """Stopped by Ctrl-C after 9 of 25 steps and resumed: bit-identical, and the log has no step twice."""
+@pytest.mark.parametrize("number, at", [(signal.SIGINT, 9), (signal.SIGTERM, 1)])
+def test_a_resumed_run_ends_with_the_same_weights(tmp_path, monkeypatch, number, at):
+    """Stopped by Ctrl-C or SIGTERM after 9 or 1 of 25 steps and resumed: bit-identical, no step twice in the log."""
     data = one_task_set(tmp_path / "data")
     flags = "--steps", "25", "--no-score", "--log-every", "2", "--dropout", "0.1"
     whole, real = train(data, tmp_path / "whole", *flags), train_arc.task_loss
@@ -671,14 +673,14 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path, monkeypatch):
 
     def interrupted(*arguments):
         calls.append(1)
-        if len(calls) == 9:
-            train_arc.signal.raise_signal(train_arc.signal.SIGINT)
+        if len(calls) == at:
+            signal.raise_signal(number)
         return real(*arguments)
     monkeypatch.setattr(train_arc, "task_loss", interrupted)
     stopped = train(data, tmp_path / "stopped", *flags)
     with pytest.raises(train_arc.DataError, match="holds a run already; .* --resume"):
         train_arc.parse(["--out", str(tmp_path / "stopped")])
-    assert len(calls) == 9 and not equal(whole, stopped)
+    assert len(calls) == at and not equal(whole, stopped)
     train_arc.main(["--resume", str(tmp_path / "stopped")])
     assert equal(whole, torch.load(tmp_path / "stopped/checkpoint.pt", weights_only=True)["model"])
     steps = [line.split(",")[0] for line in (tmp_path / "stopped/log.csv").read_text().splitlines()]

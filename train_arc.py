@@ -669,7 +669,7 @@ def train(c, state, model, names, pairs, heldout, rank, world):
             return evaluate(model, batches)
 
     def checkpoint():
-        log = (out / "log.csv").stat().st_size if step else 0               # the lines that belong to it, in bytes
+        log = (out / "log.csv").stat().st_size if (out / "log.csv").exists() else 0     # its lines, in bytes
         everything = {"config": asdict(c), "names": names, "step": step, "seconds": seconds, "log": log,
                       "model": model.state_dict(), "optimizer": optimizer.state_dict()}
         save(out / "checkpoint.pt", lambda file: torch.save(everything, file))
@@ -680,7 +680,7 @@ def train(c, state, model, names, pairs, heldout, rank, world):
         save_json(out / "config.json", asdict(c) | {"git": git.stdout.strip()})
         if (out / "log.csv").exists():
             os.truncate(out / "log.csv", state["log"])                      # what came after is made again
-        if not state:
+        elif not state:
             checkpoint()
     routing = [p for spl in model.spls().values() for p in (spl.proto_weight, spl.gate_weight)] if c.sars else []
     others = [p for p in model.parameters() if not any(p is q for q in routing)]
