@@ -917,6 +917,7 @@ def test_bad_sets_are_named(tmp_path):
     (["--data", "nowhere"], "nowhere"), (["--resume", "nowhere"], "nowhere"), (["--eval", "nowhere"], "nowhere"),
     (["--lr", "fast"], "--lr"), (["--speed", "3"], "--speed"), (["--eval", "x", "--resume", "y"], "not allowed with"),
     (["--batch-tokens", "100"], "--batch-tokens 100: expected at least --max-tokens"), (["--split", "x"], "--split x"),
+    (["--extra", "no", "--data", str(ARC1)], "no: no tasks"),
     (["--sars", "--dense"], "--sars"),
     (["--out", str(HERE / "data")], "is not empty"), (["--resume", "x", "--lr", "1"], "no other flag"),
     (["--max-tokens", "3", "--data", str(ARC1)], "--max-tokens")])

@@ -331,11 +331,14 @@ def load_data(c, device):
     tasks, solutions = training | asked, read_solutions(c.data, "training", training)
     if training and solutions is None:
         raise DataError(f"{c.data}: the training split has no solutions; expected arc-agi_training_solutions.json")
-    for split in SPLITS if c.extra else ():
-        new = read_tasks(c.extra, split)
+    more = {split: read_tasks(c.extra, split) for split in SPLITS} if c.extra else {}
+    if c.extra and not any(more.values()):
+        raise DataError(f"{c.extra}: no tasks; expected a folder as --data takes it")
+    for split, new in more.items():
         kept = without_leaks(new, asked, tasks)
-        print(f"{c.extra}: {len(kept)} of {len(new)} {split} tasks are new, {len(new) - len(kept)} dropped")
         tasks |= kept
+        if new:
+            print(f"{c.extra}: {len(kept)} of {len(new)} {split} tasks are new, {len(new) - len(kept)} dropped")
     demos = {name: [pair for pair in task.train if pair_tokens(*pair) <= c.max_tokens] for name, task in tasks.items()}
     names = [name for name, pairs in demos.items() if pairs]
     if not names:
