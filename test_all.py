@@ -304,6 +304,26 @@ def line(B, T, device="cpu"):
     return torch.arange(T, device=device).expand(B, T)[..., None]
 
 
+def test_dynsiha_equals_its_formula_head_by_head_and_token_by_token():
+    layer, x, H, h = DynSIHA(12, 3).double(), torch.randn(1, 5, 12, dtype=torch.float64), 3, 4
+    rope = rotary(line(1, 5), h)
+    q, k, v = (spl_reference(x[0], *weights(f))[0] for f in (layer.q, layer.k, layer.v))        # (T, D)
+    q, k = (rotate(z.view(5, H, h).transpose(0, 1)[None], *rope)[0].transpose(0, 1).reshape(5, 12) for z in (q, k))
+    y = torch.zeros(5, 12, dtype=torch.float64)
+    for head in range(H):
+        part = slice(head * h, (head + 1) * h)
+        for t in range(5):
+            scores = torch.stack([q[t, part] @ k[s, part] / math.sqrt(h) for s in range(t + 1)])
+            y[t, part] = scores.softmax(0) @ v[:t + 1, part]
+    torch.testing.assert_close(layer(x, rope)[0], spl_reference(y, *weights(layer.o))[0])
+
+
+def test_moie_is_two_spls_around_a_relu():
+    ffn, x = MoIE(8, 16).double(), torch.randn(7, 8, dtype=torch.float64)
+    hidden = spl_reference(x, *weights(ffn.up))[0].clamp(min=0)
+    torch.testing.assert_close(ffn(x), spl_reference(hidden, *weights(ffn.down))[0])
+
+
 @pytest.mark.parametrize("linear", [SparseProtoLinear, nn.Linear])
 def test_dynsiha_is_causal(linear):
     layer, x = DynSIHA(16, 2, linear), torch.randn(2, 9, 16)
@@ -538,6 +558,30 @@ def test_an_epoch_shows_each_pair_once_in_budgeted_batches():
             assert len(index) > 1 or len(plan) == 1 or tokens.shape[1] > 20
 
 
+def test_the_rate_rises_stays_and_falls_to_zero():
+    rates = [train_arc.rate(used, 0.1, 0.5) for used in (0, 0.05, 0.1, 0.5, 0.75, 1, 1.1)]
+    assert rates == [0, 0.5, 1, 1, 0.5, 0, 0] and train_arc.rate(0, 0, 0) == 1
+
+
+def test_an_epoch_of_arc_wastes_under_5_percent_on_padding():
+    _, run, _, _ = train_arc.parse(["--device", "cpu", "--data", str(ARC1)])
+    _, pairs, _ = train_arc.load_data(run, torch.device("cpu"))
+    plan = train_arc.plan_epoch(pairs, run.batch_tokens, np.random.default_rng(0))
+    lengths = [pairs.length[index, view] - 1 for index, view, _ in plan]
+    assert sum(length.sum() for length in lengths) > 0.95 * sum(len(length) * length.max() for length in lengths)
+
+
+def test_the_arms_of_a_comparison_see_the_same_data(tmp_path):
+    """Same seed: the same pairs, views and colours in the same order, with and without FFN, dense, and deeper."""
+    streams = []
+    for flags in (["--no-ffn"], ["--ffn"], ["--dense"], ["--no-ffn", "--n-layer", "6"]):
+        _, run, _, _ = train_arc.parse([*flags, "--device", "cpu", "--data", str(ARC1), "--seed", "3"])
+        _, pairs, _ = train_arc.load_data(run, torch.device("cpu"))
+        stream = itertools.islice(train_arc.batches(pairs, run), 300)
+        streams.append([[part.tobytes() for part in batch] for _, batch in stream])
+    assert streams[0] == streams[1] == streams[2] == streams[3]
+
+
 # ---------------------------------------------------------------------------------------------- train_arc.py: scores
 A, B, C = [[1]], [[2, 2]], [[3], [3]]
 
@@ -615,9 +659,9 @@ def write_set(folder, tasks, poison=0, github=False):
 def one_task_set(folder, **options):
     """Two tasks, turn and mirror; the evaluation task asks for one of its own demonstrations: memory is enough."""
     rng = np.random.default_rng(0)
-    grids = [rng.integers(0, 10, (3, 3)) for _ in range(4)]
-    mirror = [(g.tolist(), g[:, ::-1].tolist()) for g in grids]
-    turn = [(g.tolist(), g.T.tolist()) for g in grids]
+    grids = rng.integers(0, 10, (8, 3, 3))
+    mirror = [(g.tolist(), g[:, ::-1].tolist()) for g in grids[:4]]
+    turn = [(g.tolist(), g.T.tolist()) for g in grids[4:]]
     tasks = {"training": {"turn": (turn[:3], turn[3:])}, "evaluation": {"mirror": (mirror, mirror[:1])}}
     return write_set(folder, tasks, **options)
 
@@ -776,6 +820,25 @@ def test_a_saved_model_is_scored_and_shown_as_its_run_was(tmp_path, capsys):
         train_arc.main(again)
     with pytest.raises(train_arc.DataError, match="another shape.*size mismatch"):
         train_arc.main([*again[:2], "--out", str(tmp_path / "other"), "--d-model", "64"])
+
+
+def test_the_comparison_runs_every_arm_resumes_and_prints_one_table(tmp_path, capsys):
+    """A run made by hand counts, a stopped one goes on, and a second call trains nothing."""
+    data, out = one_task_set(tmp_path / "data"), tmp_path / "ab"
+    flags = [*SMALL[1:], *FAST, "--data", str(data), "--steps", "4"]
+    train_arc.main(["--no-ffn", *flags, "--out", str(out / "no-ffn-seed0")])
+    (out / "no-ffn-seed0/result.json").unlink()
+    tables = []
+    for _ in range(2):
+        train_arc.main(["--ab", "--seeds", "1", *flags, "--out", str(out)])
+        tables.append((out / "table.md").read_text())
+    lines = tables[0].splitlines()
+    assert tables[0] == tables[1] and [line.split(" | ")[0] for line in lines[2:]] == [
+        "| no-ffn", "| ffn", "| dense", "| no-ffn-deep"]
+    runs = [json.loads((out / f"{arm}-seed0/config.json").read_text()) for arm in ("no-ffn", "ffn", "dense", "no-ffn-deep")]
+    assert [(run["ffn"], run["dense"], run["n_layer"]) for run in runs] == [
+        (False, False, 2), (True, False, 2), (True, True, 2), (False, False, 3)]
+    assert runs[0]["lr"] == runs[1]["lr"] == 5 * runs[2]["lr"]
 
 
 def test_drawings_colour_every_cell_and_wrap_to_the_terminal():

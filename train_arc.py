@@ -798,6 +798,8 @@ def compare(c, given):
         curve = np.genfromtxt(folder / "log.csv", delimiter=",", names=True)
         runs[arm, seed] = read_object(folder / "result.json"), curve[np.isfinite(curve["heldout_loss"])]
 
+    if not all(len(curve) for _, curve in runs.values()):
+        raise DataError(f"{c.out}: --ab compares held-out losses, and a run there has none")
     steps, seconds = (min(curve[axis][-1] for _, curve in runs.values()) for axis in ("step", "seconds"))
     target = max(curve["heldout_loss"][-1] for _, curve in runs.values())   # the loss that every run reaches
     table = {}
