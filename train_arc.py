@@ -653,15 +653,85 @@ def agree(values, world):
     return values.tolist()
 
 
-# ---------------------------------------------------------------------------------------------- train, compare, main
-def train(c, state, model, names, pairs, heldout, rank, world):
-    """Trains `model` to the end of its budget, or to Ctrl-C; returns what it came to, or None if it was stopped."""
+# ---------------------------------------------------------------------------------------------- compare, train
+def compare(c, given):
+    """--ab: every arm with every seed, one run after the other, each its own process and folder; then their table.
+
+    Finished runs are kept and stopped ones go on: the same command continues, and runs made by hand count.
+    """
+    arms = {"no-ffn": {"ffn": False}, "ffn": {"ffn": True}, "dense": {"dense": True},
+            "no-ffn-deep": {"ffn": False, "n_layer": round(c.n_layer * (1 + c.ffn_factor / 2))}}
+    signal.signal(signal.SIGINT, lambda *_: None)                           # Ctrl-C is for the run in hand
+    runs = {}
+    for seed, arm in itertools.product(range(c.seeds), arms):
+        folder = Path(c.out) / f"{arm}-seed{seed}"
+        if not (folder / "result.json").exists():
+            flags = given | arms[arm] | {"seed": seed, "out": folder}
+            words = [f"--{'no-' * (value is False)}{dashed(name)}{'' if isinstance(value, bool) else f'={value}'}"
+                     for name, value in flags.items()]
+            words = [f"--resume={folder}"] if (folder / "checkpoint.pt").exists() else words
+            status = subprocess.run([sys.executable, __file__, *words]).returncode
+            if status or not (folder / "result.json").exists():
+                sys.exit(status or 130)
+        curve = np.genfromtxt(folder / "log.csv", delimiter=",", names=True)
+        runs[arm, seed] = read_object(folder / "result.json"), curve[np.isfinite(curve["heldout_loss"])]
+
+    if not all(len(curve) for _, curve in runs.values()):
+        raise DataError(f"{c.out}: --ab compares held-out losses, and a run there has none")
+    steps, seconds = (min(curve[axis][-1] for _, curve in runs.values()) for axis in ("step", "seconds"))
+    target = max(curve["heldout_loss"][-1] for _, curve in runs.values())   # the loss that every run reaches
+    table = {}
+    for key, (result, curve) in runs.items():
+        loss = curve["heldout_loss"]
+        reached = curve[np.argmax(loss <= target)]
+        table[key] = {
+            "parameters": result["parameters"], "FLOPs/token": result["flops_per_token"],
+            "steps/s": result["steps"] / result["seconds"], "held-out loss at the end": result["heldout_loss"],
+            f"at step {steps:g}": np.interp(steps, curve["step"], loss),
+            f"at {seconds:.0f} s": np.interp(seconds, curve["seconds"], loss),
+            f"steps to {target:.3f}": reached["step"], f"seconds to {target:.3f}": reached["seconds"],
+            **{name: result.get(name, math.nan) for name in ("pass@1", "pass@2", "solved")},
+            "active": result["heldout_active"], "failed": result["heldout_failed"], "PI": curve["pi"][-1]}
+    head = list(table["no-ffn", 0])
+    lines = [" | ".join([f"| arm (n = {c.seeds})", *head, ""]), "|---" * (1 + len(head)) + "|"]
+    for arm in arms:
+        cells = [f"{np.mean(x):.4g}" + (f" ± {np.std(x, ddof=1):.2g}" if np.ptp(x) > 0 else "")
+                 for x in zip(*(table[arm, seed].values() for seed in range(c.seeds)))]
+        lines.append(" | ".join([f"| {arm}", *cells, ""]))
+    save(Path(c.out) / "table.md", lambda file: file.write("\n".join([*lines, ""]).encode()))
+    print("\n".join(lines))
+
+
+def main(argv=None):
+    mode, c, state, given = parse(argv)
+    if mode == "ab":
+        return compare(c, given)
+    device, rank, world = join(c.device)
+    if rank > 0:
+        sys.stdout = None                               # print is silent then: one process speaks
+    torch.manual_seed(c.seed)
+    torch.set_float32_matmul_precision("high")          # TF32 where bfloat16 does not reach
+    torch.backends.cuda.enable_cudnn_sdp(False)         # it plans anew for each shape, and there are thousands
     out, step, seconds = Path(c.out), 0, 0.0
+
+    # ---- data and model
+    names, pairs, heldout = (state["names"], None, None) if mode == "eval" else load_data(c, device)
+    model = Transformer(Config(n_vocab=N_VOCAB, n_task=len(names), n_view=N_DIHEDRAL, d_model=c.d_model,
+                               n_head=c.n_head, n_layer=c.n_layer, ffn_factor=c.ffn_factor if c.ffn else 0,
+                               dense=c.dense, dropout=c.dropout)).to(device)
     optimizer = torch.optim.AdamW(model.parameter_groups(c.weight_decay), c.lr, betas=(0.9, 0.95), fused=True)
     if state:
-        step, seconds = state["step"], state["seconds"]
-        with blame(f"{out}: the checkpoint's optimizer"):
+        if state["names"] != names:
+            raise DataError(f"{c.data}, {c.extra or 'no --extra'}: other tasks than those of the checkpoint in {out}")
+        with blame("the checkpoint is of another shape"):
+            model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
+        step, seconds = state["step"], state["seconds"]
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+    if mode == "eval":
+        result = solve(c, model, names, rank, world)
+        return rank or save_json(out / "result.json", result)
     print(f"{c.arm} on {c.device}{f' x {world}' * (world > 1)}: D={c.d_model} H={c.n_head} L={c.n_layer}, "
           f"{model.n_params() / 1e6:.2f} M parameters, {c.dtype}{', compiled' * c.compile}; {len(pairs.task)} pairs of at "
           f"most {c.max_tokens} tokens, {f'{c.steps} steps' if c.steps else f'{c.minutes:g} minutes'}, "
@@ -678,7 +748,6 @@ def train(c, state, model, names, pairs, heldout, rank, world):
         save(out / "checkpoint.pt", lambda file: torch.save(everything, file))
 
     if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
         git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
         save_json(out / "config.json", asdict(c) | {"git": git.stdout.strip()})
         if (out / "log.csv").exists():
@@ -695,6 +764,7 @@ def train(c, state, model, names, pairs, heldout, rank, world):
         model.zero_grad()
     net = DistributedDataParallel(model) if world > 1 else model
 
+    # ---- train
     stop, shown, held, tokens, padded = [], {}, 0.0, 0, 0
     handlers = {n: signal.signal(n, lambda *_: stop.append(1)) for n in (signal.SIGINT, signal.SIGTERM)}
     clock = saved = time.perf_counter()
@@ -766,92 +836,16 @@ def train(c, state, model, names, pairs, heldout, rank, world):
         checkpoint()
     if stopped:
         print(f"stopped at step {step}; go on with: python train_arc.py --resume {out}")
-        return None
+        return
     result = {"arm": c.arm, "parameters": model.n_params(), "flops_per_token": model.flops_per_token(c.max_tokens),
               "steps": step, "seconds": seconds}
     if heldout and rank == 0:
         result |= {f"heldout_{key}": value for key, value in look(heldout.as_they_are(c.batch_tokens)).items()}
         print("held-out: loss {heldout_loss:.4f}, {heldout_tokens:.1%} of tokens, {heldout_grids:.1%} of grids; {heldout_"
               "active:.0%} of the neurons active".format(**result))
-    return result
-
-
-def compare(c, given):
-    """--ab: every arm with every seed, one run after the other, each its own process and folder; then their table.
-
-    Finished runs are kept and stopped ones go on: the same command continues, and runs made by hand count.
-    """
-    arms = {"no-ffn": {"ffn": False}, "ffn": {"ffn": True}, "dense": {"dense": True},
-            "no-ffn-deep": {"ffn": False, "n_layer": round(c.n_layer * (1 + c.ffn_factor / 2))}}
-    signal.signal(signal.SIGINT, lambda *_: None)                           # Ctrl-C is for the run in hand
-    runs = {}
-    for seed, arm in itertools.product(range(c.seeds), arms):
-        folder = Path(c.out) / f"{arm}-seed{seed}"
-        if not (folder / "result.json").exists():
-            flags = given | arms[arm] | {"seed": seed, "out": folder}
-            words = [f"--{'no-' * (value is False)}{dashed(name)}{'' if isinstance(value, bool) else f'={value}'}"
-                     for name, value in flags.items()]
-            words = [f"--resume={folder}"] if (folder / "checkpoint.pt").exists() else words
-            status = subprocess.run([sys.executable, __file__, *words]).returncode
-            if status or not (folder / "result.json").exists():
-                sys.exit(status or 130)
-        curve = np.genfromtxt(folder / "log.csv", delimiter=",", names=True)
-        runs[arm, seed] = read_object(folder / "result.json"), curve[np.isfinite(curve["heldout_loss"])]
-
-    if not all(len(curve) for _, curve in runs.values()):
-        raise DataError(f"{c.out}: --ab compares held-out losses, and a run there has none")
-    steps, seconds = (min(curve[axis][-1] for _, curve in runs.values()) for axis in ("step", "seconds"))
-    target = max(curve["heldout_loss"][-1] for _, curve in runs.values())   # the loss that every run reaches
-    table = {}
-    for key, (result, curve) in runs.items():
-        loss = curve["heldout_loss"]
-        reached = curve[np.argmax(loss <= target)]
-        table[key] = {
-            "parameters": result["parameters"], "FLOPs/token": result["flops_per_token"],
-            "steps/s": result["steps"] / result["seconds"], "held-out loss at the end": result["heldout_loss"],
-            f"at step {steps:g}": loss[curve["step"] <= steps][-1],
-            f"at {seconds:.0f} s": loss[curve["seconds"] <= seconds][-1],
-            f"steps to {target:.3f}": reached["step"], f"seconds to {target:.3f}": reached["seconds"],
-            **{name: result.get(name, math.nan) for name in ("pass@1", "pass@2", "solved")},
-            "active": result["heldout_active"], "failed": result["heldout_failed"], "PI": curve["pi"][-1]}
-    head = list(table["no-ffn", 0])
-    lines = [" | ".join([f"| arm (n = {c.seeds})", *head, ""]), "|---" * (1 + len(head)) + "|"]
-    for arm in arms:
-        cells = [f"{np.mean(x):.4g}" + f" ± {np.std(x, ddof=1):.2g}" * bool(np.ptp(x) > 0)
-                 for x in zip(*(table[arm, seed].values() for seed in range(c.seeds)))]
-        lines.append(" | ".join([f"| {arm}", *cells, ""]))
-    save(Path(c.out) / "table.md", lambda file: file.write("\n".join([*lines, ""]).encode()))
-    print("\n".join(lines))
-
-
-def main(argv=None):
-    mode, c, state, given = parse(argv)
-    if mode == "ab":
-        return compare(c, given)
-    device, rank, world = join(c.device)
-    if rank > 0:
-        sys.stdout = None                               # print is silent then: one process speaks
-    torch.manual_seed(c.seed)
-    torch.set_float32_matmul_precision("high")          # TF32 where bfloat16 does not reach
-    torch.backends.cuda.enable_cudnn_sdp(False)         # it plans anew for each shape, and there are thousands
-    names, pairs, heldout = (state["names"], None, None) if mode == "eval" else load_data(c, device)
-    model = Transformer(Config(n_vocab=N_VOCAB, n_task=len(names), n_view=N_DIHEDRAL, d_model=c.d_model,
-                               n_head=c.n_head, n_layer=c.n_layer, ffn_factor=c.ffn_factor if c.ffn else 0,
-                               dense=c.dense, dropout=c.dropout)).to(device)
-    if state:
-        if state["names"] != names:
-            raise DataError(f"{c.data}, {c.extra or 'no --extra'}: other tasks than those of the checkpoint in {c.out}")
-        with blame("the checkpoint is of another shape"):
-            model.load_state_dict(state["model"])
-    if mode == "eval":
-        Path(c.out).mkdir(parents=True, exist_ok=True)
-    result = {} if mode == "eval" else train(c, state, model, names, pairs, heldout, rank, world)
-    if result is not None:
-        result |= solve(c, model, names, rank, world) if c.score or mode == "eval" else {}
-        if rank == 0:
-            save_json(Path(c.out) / "result.json", result)
-    if world > 1:
-        dist.destroy_process_group()
+    result |= solve(c, model, names, rank, world) if c.score else {}
+    if rank == 0:
+        save_json(out / "result.json", result)
 
 
 if __name__ == "__main__":
@@ -863,3 +857,6 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         print("interrupted; the folder of the run keeps what was saved", file=sys.stderr)
         sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
