@@ -841,8 +841,8 @@ def main(argv=None):
               "steps": step, "seconds": seconds}
     if heldout and rank == 0:
         result |= {f"heldout_{key}": value for key, value in look(heldout.as_they_are(c.batch_tokens)).items()}
-        print("held-out: loss {heldout_loss:.4f}, {heldout_tokens:.1%} of tokens, {heldout_grids:.1%} of grids; {heldout_"
-              "active:.0%} of the neurons active".format(**result))
+        print("held-out: loss {heldout_loss:.4f}, {heldout_tokens:.1%} of tokens, {heldout_grids:.1%} of grids".format(**result)
+              + f"; {result['heldout_active']:.0%} of the neurons active" * (not c.dense))
     result |= solve(c, model, names, rank, world) if c.score else {}
     if rank == 0:
         save_json(out / "result.json", result)
