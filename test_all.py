@@ -410,14 +410,62 @@ def test_weights_12_D2_without_ffn_as_many_as_the_dense_control_and_6_f_D2_more_
         assert matrices(Block(D, 2, f * D)) - matrices(plain) == matrices(MoIE(D, f * D)) == 6 * f * D * D
 
 
+# ---- claims of the decision record, by count ----
+def flops(run, *inputs):
+    # the counter knows no CPU flash kernel, so the attention runs as plain products
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        run(*inputs)
+    return counter.get_total_flops()
+
+
+def test_routing_is_two_thirds_of_an_spl_so_skipping_masked_neurons_saves_at_most_half():
+    """Computing only a share s of the main path is 3/(2 + s) times cheaper: 1.5x where nothing at all fires."""
+    layer, x = SparseProtoLinear(64, 64), torch.randn(10, 64)
+    routing = torch.cat((layer.proto_weight, layer.gate_weight))
+    assert flops(layer, x) == 3 * flops(nn.Linear(64, 64), x) and flops(F.linear, x, routing) == 2 * flops(layer, x) / 3
+    for s in (0.25, 0.5):
+        sparse = flops(F.linear, x, routing) + flops(F.linear, x, layer.mu_weight[:int(64 * s)])
+        assert flops(layer, x) / sparse == 3 / (2 + s) < 1.5
+
+
+@pytest.mark.parametrize("f, share", [(1, 1 / 3), (2, 1 / 2), (4, 2 / 3)])
+def test_the_ffn_is_a_third_half_or_two_thirds_of_a_block_at_most(f, share):
+    """6f/(12 + 6f + 2T/D), of T = 0 the bound; so removing it cannot save an order of magnitude below f = 18."""
+    D, T = 32, 16
+    x, rope = torch.randn(1, T, D), rotary(line(1, T), D // 2)
+    alone, both = (flops(Block(D, 2, d_ffn), x, rope) for d_ffn in (0, f * D))
+    attention = 2 * 2 * T * T * D                                  # the counter sees no causal half
+    assert (both - alone) / (both - attention) == pytest.approx(share)
+    assert (both - alone) / both == pytest.approx(6 * f / (12 + 6 * f + 2 * T / D)) and both / alone < 1 + f / 2
+
+
+def test_relu_of_spl_is_not_a_two_layer_mlp_for_it_bends_between_its_corners():
+    """Along a line on which no neuron switches, a relu network is straight and an SPL is not: it is rational."""
+    layer, start, step = random_spl(6, 5), *torch.randn(2, 6, dtype=torch.float64)
+    path = start + 1e-3 * torch.arange(3)[:, None] * step
+    mlp = nn.Sequential(nn.Linear(6, 50), nn.ReLU(), nn.Linear(50, 5)).double()
+    bend = {name: (y[0] - 2 * y[1] + y[2]).abs().max() for name, y in (("mlp", mlp(path)), ("spl", layer(path)))}
+    assert torch.equal(layer.route(path)[1][0] > 0, layer.route(path)[1][2] > 0)
+    assert bend["mlp"] < 1e-12 and bend["spl"] > 1e-9
+
+
+def test_dynsiha_is_two_spls_deep_not_eight():
+    """Q, K and V read the same input, none another's output; only O comes after them."""
+    layer, x = DynSIHA(8, 2), torch.randn(1, 4, 8)
+    outputs = {}
+    for name in "qkvo":
+        getattr(layer, name).register_forward_hook(lambda m, i, y, name=name: outputs.update({name: y}))
+    layer(x, rotary(line(1, 4), 4))
+    reads = {(name, other) for name in "qkvo" for other in "qkvo" if name != other and torch.autograd.grad(
+        outputs[name].sum(), getattr(layer, other).mu_weight, retain_graph=True, allow_unused=True)[0] is not None}
+    assert reads == {("o", "q"), ("o", "k"), ("o", "v")}
+
+
 @pytest.mark.parametrize("config", [Config(ffn_factor=f) for f in (0, 1, 2)] + [Config(dense=True)])
 def test_model_flops_equal_torchs_counter(config):
     model, B, T = Transformer(config), 3, 40
     tokens, zero = torch.randint(14, (B, T)), torch.zeros(B, dtype=torch.long)
-    # the counter knows no CPU flash kernel, so the attention runs as plain products
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model(tokens, zero, zero)
-    assert counter.get_total_flops() == B * T * model.flops_per_token(T)
+    assert flops(model, tokens, zero, zero) == B * T * model.flops_per_token(T)
 
 
 def test_parameters_are_counted_without_embeddings():

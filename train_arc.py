@@ -463,8 +463,8 @@ def solve(c, model, names, rank=0, world=1):
         print(f"{c.data}: no solutions of the {c.split} split; the submission is written, and cannot be scored here")
         return {}
     (pass1, pass2), solved = score(submission, solutions)
-    print(f"pass@1 {pass1:.2%}, pass@2 {pass2:.2%} (mean over a task's test outputs, then over the {len(tasks)} tasks), "
-          f"{solved} tasks solved whole")
+    print(f"pass@1 {pass1:.2%}, pass@2 {pass2:.2%} (mean over a task's test outputs, then over the {len(tasks)} "
+          f"tasks), {solved} tasks solved whole")
     return {"pass@1": pass1, "pass@2": pass2, "solved": solved, "tasks": len(tasks), "tried": len(tried)}
 
 
@@ -733,8 +733,8 @@ def main(argv=None):
         result = solve(c, model, names, rank, world)
         return rank or save_json(out / "result.json", result)
     print(f"{c.arm} on {c.device}{f' x {world}' * (world > 1)}: D={c.d_model} H={c.n_head} L={c.n_layer}, "
-          f"{model.n_params() / 1e6:.2f} M parameters, {c.dtype}{', compiled' * c.compile}; {len(pairs.task)} pairs of at "
-          f"most {c.max_tokens} tokens, {f'{c.steps} steps' if c.steps else f'{c.minutes:g} minutes'}, "
+          f"{model.n_params() / 1e6:.2f} M parameters, {c.dtype}{', compiled' * c.compile}; {len(pairs.task)} pairs of "
+          f"at most {c.max_tokens} tokens, {f'{c.steps} steps' if c.steps else f'{c.minutes:g} minutes'}, "
           f"{c.batch_tokens} tokens a step; into {out}  (any flag changes this: --help)")
 
     def look(batches):
@@ -769,7 +769,8 @@ def main(argv=None):
     handlers = {n: signal.signal(n, lambda *_: stop.append(1)) for n in (signal.SIGINT, signal.SIGTERM)}
     clock = saved = time.perf_counter()
     start = clock - seconds
-    bar = tqdm(total=100, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}", dynamic_ncols=True, disable=rank > 0)
+    bar = tqdm(total=100, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}", dynamic_ncols=True,
+               disable=rank > 0)
     for epoch, (index, view, colours) in itertools.islice(batches(pairs, c, world), step, None):
         seconds = time.perf_counter() - start
         used, stopped = agree([step / c.steps if c.steps else seconds / (60 * c.minutes), len(stop)], world)
@@ -841,8 +842,8 @@ def main(argv=None):
               "steps": step, "seconds": seconds}
     if heldout and rank == 0:
         result |= {f"heldout_{key}": value for key, value in look(heldout.as_they_are(c.batch_tokens)).items()}
-        print("held-out: loss {heldout_loss:.4f}, {heldout_tokens:.1%} of tokens, {heldout_grids:.1%} of grids".format(**result)
-              + f"; {result['heldout_active']:.0%} of the neurons active" * (not c.dense))
+        told = "held-out: loss {heldout_loss:.4f}, {heldout_tokens:.1%} of tokens, {heldout_grids:.1%} of grids"
+        print((told + "; {heldout_active:.0%} of the neurons active" * (not c.dense)).format(**result))
     result |= solve(c, model, names, rank, world) if c.score else {}
     if rank == 0:
         save_json(out / "result.json", result)
