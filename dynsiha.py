@@ -125,8 +125,8 @@ if __name__ == "__main__":
         weight = scores[0, :, t, :t + 1].softmax(-1)                                                # (H, t + 1)
         y = F.scaled_dot_product_attention(rotate(q, *rope), rotate(k, *rope), v, is_causal=True)
         inputs = {"q": x, "k": x, "v": x, "o": y.transpose(1, 2).reshape(1, -1, D)}
-    print("\nThe double attention of <sep>, which must name the output's first cell, in a "
-          + (f"trained layer, {sys.argv[1]}" if len(sys.argv) > 1 else "random layer (give a checkpoint for a trained one)"))
+    source = "".join(sys.argv[1:]) or "a random layer (name a checkpoint for a trained one)"
+    print(f"\nThe double attention of <sep>, which must name the output's first cell, in {source}")
     print("  first, token -> prototypes: neurons that fire, and the strongest with their masks")
     for name, inner in inputs.items():
         M = getattr(layer, name).route(inner)[1][0, t]

@@ -658,7 +658,7 @@ def test_score_by_the_arc_prizes_rule():
 # ---------------------------------------------------------------------------------------------- train_arc.py: leaks
 def test_no_pair_to_train_on_is_an_evaluation_test_pair(arc1, tmp_path):
     """Not even with --no-heldout, where training/40853293 is evaluation/070dd51e under another id."""
-    flags = ["--no-heldout", "--device", "cpu", "--max-tokens", "1863", "--batch-tokens", "2048", "--data", str(ARC1), "--out", str(tmp_path)]
+    flags = ["--no-heldout", "--device", "cpu", "--max-tokens", "1863", "--batch-tokens", "2048", "--data", str(ARC1)]
     _, run, _, _ = train_arc.parse(flags)
     pairs = train_arc.load_data(run, torch.device("cpu"))[1]
     spans = zip(pairs.start[:, 0], pairs.length[:, 0])
@@ -784,7 +784,8 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path, monkeypatch, number,
 
 def script(*words, launcher=(sys.executable,), **options):
     command = [*launcher, HERE / "train_arc.py", *words]
-    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(list(map(str, command)), **pipes, **options)
 
 
 def test_runs_killed_at_random_moments_end_with_the_same_weights(tmp_path):
@@ -814,7 +815,8 @@ def test_two_processes_train_as_one_on_the_same_global_batch(tmp_path):
     flags = [*FAST, "--steps", "20"]
     train(ARC1, tmp_path / "one", *flags)
     torchrun = sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"
-    run = script(*SMALL, *flags, "--data", ARC1, "--out", tmp_path / "two", "--score", "--colour-votes", "1", launcher=torchrun)
+    flags += "--data", ARC1, "--out", tmp_path / "two", "--score", "--colour-votes", "1"
+    run = script(*SMALL, *flags, launcher=torchrun)
     output, error = run.communicate()
     assert run.returncode == 0, error
     assert output.count("held-out: loss") == 1 and (tmp_path / "two/submission.json").exists()
@@ -883,7 +885,8 @@ def test_the_comparison_runs_every_arm_resumes_and_prints_one_table(tmp_path, ca
     lines = tables[0].splitlines()
     assert tables[0] == tables[1] and [line.split(" | ")[0] for line in lines[2:]] == [
         "| no-ffn", "| ffn", "| dense", "| no-ffn-deep"]
-    runs = [json.loads((out / f"{arm}-seed0/config.json").read_text()) for arm in ("no-ffn", "ffn", "dense", "no-ffn-deep")]
+    arms = "no-ffn", "ffn", "dense", "no-ffn-deep"
+    runs = [json.loads((out / f"{arm}-seed0/config.json").read_text()) for arm in arms]
     assert [(run["ffn"], run["dense"], run["n_layer"]) for run in runs] == [
         (False, False, 2), (True, False, 2), (True, True, 2), (False, False, 3)]
     assert runs[0]["lr"] == runs[1]["lr"] == 5 * runs[2]["lr"]
@@ -903,8 +906,9 @@ def test_every_layout_reads_the_same_and_a_test_set_without_solutions_is_answere
     kaggle, github = one_task_set(tmp_path / "kaggle"), one_task_set(tmp_path / "github", github=True)
     (tmp_path / "plain/concept").mkdir(parents=True)
     shutil.copy(github / "evaluation/mirror.json", tmp_path / "plain/concept/mirror1.json")
-    read = [list(train_arc.read_tasks(folder, "evaluation").values()) for folder in (kaggle, github, tmp_path / "plain")]
-    assert repr(read[0]) == repr(read[1]) == repr(read[2]) and train_arc.read_tasks(tmp_path / "plain", "training") == {}
+    plain = tmp_path / "plain"
+    read = [repr(list(train_arc.read_tasks(folder, "evaluation").values())) for folder in (kaggle, github, plain)]
+    assert read[0] == read[1] == read[2] and train_arc.read_tasks(plain, "training") == {}
     for folder, name in ((kaggle, "mirror"), (github, "mirror"), (tmp_path / "plain", "mirror1")):
         tasks = train_arc.read_tasks(folder, "evaluation")
         output = train_arc.read_solutions(folder, "evaluation", tasks)[name][0]
