@@ -107,10 +107,10 @@ if __name__ == "__main__":
         names.append(("<sep>", "<end>")[role])
         pos.append((len(grid), 0, role))
     vocabulary = [*"0123456789", "<start>", "<nl>", "<sep>", "<end>"]
-    if len(sys.argv) > 1:                               # block 0 of a checkpoint; its task embedding is left out
+    if len(sys.argv) > 1:                               # block 0 of a run of train_arc.py, not of its dense control
         state = torch.load(sys.argv[1], map_location="cpu", weights_only=True)
-        weights, H = state["model"], state["config"]["n_head"]
-        embedding = weights["token.weight"] + weights["view.weight"][0]
+        weights, H, task = state["model"], state["config"]["n_head"], state["names"].index("0d3d703e")
+        embedding = weights["token.weight"] + weights["view.weight"][0] + weights["task.weight"][task]
         layer, head = DynSIHA(embedding.shape[1], H), "blocks.0.attn."
         layer.load_state_dict({name.removeprefix(head): w for name, w in weights.items() if name.startswith(head)})
         scale = weights["blocks.0.attn_norm.weight"]

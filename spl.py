@@ -105,7 +105,8 @@ class SparseProtoLinear(nn.Module):
 
     def route(self, x):
         """(logits, M), each (..., D_out): the routing alone, for monitoring."""
-        _, V_match, L_gate = self.paths(x)
+        weight = torch.cat((self.proto_weight / math.sqrt(self.in_features), self.gate_weight))
+        V_match, L_gate = F.linear(x, weight).split(self.out_features, dim=-1)
         logits = V_match - mas_normalize(L_gate)
         return logits, mas_normalize(logits)
 

@@ -17,7 +17,6 @@ Symbols   B batch, T tokens.
 """
 
 import argparse
-import csv
 import itertools
 import json
 import math
@@ -49,7 +48,7 @@ MAX_OUTPUT = MAX_SIDE * (MAX_SIDE + 1) + 1              # 30 rows of 30 cells an
 HERE = Path(__file__).parent
 SPLITS, ATTEMPTS = ("training", "evaluation", "test"), ("attempt_1", "attempt_2")
 MONITORS = ("loss", "tokens", "grids", "active", "failed")              # of `evaluate`, for the log
-PAPER = (16, 27, 160, 34, 220, 245, 201, 208, 117, 88)  # the colours of ARC among a terminal's 256
+PALETTE = (16, 27, 160, 34, 220, 245, 201, 208, 117, 88)  # the colours of ARC among a terminal's 256
 
 
 class DataError(ValueError):
@@ -63,7 +62,7 @@ def blame(where):
         yield
     except KeyError as e:
         raise DataError(f"{where}: no {e}") from None
-    except (ValueError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
+    except (ValueError, TypeError, LookupError, RuntimeError, OSError, EOFError, pickle.UnpicklingError) as e:
         raise DataError(f"{where}: {' '.join(str(e).split())[:300]}") from None
 
 
@@ -242,9 +241,9 @@ class Pairs:
         rows = [(encode_prompt(view_grid(x, v)), encode_grid(view_grid(y, v), END))
                 for _, x, y in pairs for v in range(N_DIHEDRAL)]
         shape = (len(pairs), N_DIHEDRAL)
-        self.prompt = np.array([len(p) for p, _ in rows], dtype=np.int64).reshape(shape)
-        self.length = np.array([len(p) + len(y) for p, y in rows], dtype=np.int64).reshape(shape)
-        self.start = np.append(0, self.length.ravel().cumsum())[:-1].reshape(shape)
+        self.prompt, answer = (np.array([len(row[i]) for row in rows]).reshape(shape) for i in (0, 1))
+        self.length = self.prompt + answer
+        self.start = self.length.cumsum().reshape(shape) - self.length
         self.task = np.array([task for task, _, _ in pairs], dtype=np.int64)
         self.free = free[self.task]
         self.device = device
@@ -266,7 +265,7 @@ class Pairs:
         targets = tokens.masked_fill(~scored, IGNORE)[:, 1:]
         return tokens[:, :-1], task, view, targets
 
-    def as_they_are(self, batch_tokens):
+    def unaugmented(self, batch_tokens):
         """Every pair once, in the first view and its true colours, batch by batch."""
         order, same = np.argsort(self.length[:, 0], kind="stable"), np.arange(N_VOCAB, dtype=np.uint8)
         size = max(1, batch_tokens // int(self.length[:, 0].max()))
@@ -393,9 +392,7 @@ def decode(jobs, model, c):
     """
     device = model.head.weight.device
     lengths = np.array([len(prompt) for *_, prompt in jobs])
-    tokens = np.full((len(jobs), lengths[0]), END)
-    for row, (*_, prompt) in zip(tokens, jobs):
-        row[:len(prompt)] = prompt
+    tokens = np.array([np.pad(prompt, (0, lengths[0] - len(prompt))) for *_, prompt in jobs], dtype=np.int64)
     task, view = np.array([[task, view] for _, task, view, _, _ in jobs]).T
     tokens, lengths, task, view = (to_device(array, device) for array in (tokens, lengths, task, view))
     most = min(MAX_OUTPUT, c.max_tokens - int(lengths[-1]))
@@ -423,7 +420,7 @@ def score(submission, solutions):
 def draw(titled, colour, width):
     """[(title, grid)] as text, side by side if `width` allows: cells coloured, each with its digit, or digits alone."""
     def cell(v):                            # paper and ink are both set: it reads on dark and on light terminals
-        return f"\033[48;5;{PAPER[v]};38;5;{15 if v in (0, 1, 2, 9) else 16}m{v} \033[0m" if colour else f"{v} "
+        return f"\033[48;5;{PALETTE[v]};38;5;{15 if v in (0, 1, 2, 9) else 16}m{v} \033[0m" if colour else f"{v} "
     sizes = [max(len(title), 2 * len(grid[0])) + 2 for title, grid in titled]
     if sum(sizes) > width and len(titled) > 1:
         return "\n".join(draw([one], colour, width) for one in titled)
@@ -456,7 +453,7 @@ def solve(c, model, names, rank=0, world=1):
         target = solutions and solutions[name][i].tolist()
         grids = [("input", asked[name, i].tolist())] + [("target", target)] * bool(target)
         for key, grid in submission[name][i].items():
-            grids.append((f"{key.replace('_', ' ')} {'right' if grid == target else 'wrong'}", grid))
+            grids.append((key.replace("_", " ") + (" right" if grid == target else " wrong") * bool(target), grid))
         print(f"{name} test {i}\n{draw(grids, colour, shutil.get_terminal_size().columns)}")
     print(f"{c.split}: {len(tried)} of {len(asked)} test inputs were short enough and of a trained task; see {file}")
     if solutions is None:
@@ -560,23 +557,24 @@ def parse(argv=None):
     given = vars(parser.parse_args(argv))
     mode = next((mode for mode in ("resume", "eval", "ab") if mode in given), "train")
     path, state = given.pop(mode, None), None
+    if mode == "ab" and (clash := given.keys() & {"ffn", "dense", "sars", "heldout", "seed"}):
+        raise DataError(f"--ab --{min(clash)}: the comparison sets this itself; leave it out")
+    if mode == "resume" and given:
+        raise DataError("--resume takes no other flag: the run goes on under its own")
+    if given.get("device") == "auto" or "device" not in given and mode in ("train", "ab"):
+        given["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     if mode in ("train", "ab"):
-        device = given.get("device", "auto")
-        device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        base = DEFAULTS.get(device, DEFAULTS["cpu"]) | {"out": "runs/ab" if mode == "ab" else ""}
+        base = DEFAULTS.get(given["device"], DEFAULTS["cpu"]) | {"out": "runs/ab" if mode == "ab" else ""}
         base["lr"] *= DENSE_LR if given.get("dense") else 1
-        given["device"] = device
     else:
-        if mode == "resume" and given:
-            raise DataError("--resume takes no other flag: the run goes on under its own")
         state = load_checkpoint(Path(path) / "checkpoint.pt" if mode == "resume" else Path(path))
         base = state["config"] | {"out": path if mode == "resume" else ""}
     c = Run(**base | given)
     check(c)
     c.out = c.out or time.strftime(f"runs/{'eval' if mode == 'eval' else c.arm}-seed{c.seed}-%Y%m%d-%H%M%S")
-    if mode in ("train", "eval") and Path(c.out).is_dir() and any(Path(c.out).iterdir()):
-        held = "holds a run already" if (Path(c.out) / "checkpoint.pt").exists() else "is not empty"
-        raise DataError(f"--out {c.out}: {held}; name another folder, or go on with --resume")
+    first = int(os.environ.get("RANK", 0)) == 0         # by the time that others look it may hold this very run
+    if first and mode in ("train", "eval") and Path(c.out).is_dir() and any(Path(c.out).iterdir()):
+        raise DataError(f"--out {c.out}: is not empty; name another folder, or go on with a run in it: --resume {c.out}")
     return mode, c, state, given
 
 
@@ -604,14 +602,15 @@ def check(c):
 def save(path, write):
     """Atomic: `write(file)` to a temporary file, flushed to the disk, then renamed."""
     temporary = path.with_suffix(".tmp")
-    try:
-        with open(temporary, "wb") as file, blame(f"{path}: cannot be written"):    # to torch.save a RuntimeError
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with blame(f"{path}: cannot be written"):
+        try:
+            with open(temporary, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def save_json(path, value):
@@ -620,11 +619,9 @@ def save_json(path, value):
 
 def append(path, row):
     """`row` as the next line of a CSV file, under a header if it is the first."""
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, row)
-        if not file.tell():
-            writer.writeheader()
-        writer.writerow({key: f"{value:.9g}" for key, value in row.items()})
+    with blame(f"{path}: cannot be written"), open(path, "a") as file:
+        header = "" if file.tell() else ",".join(row) + "\n"
+        file.write(header + ",".join(f"{value:.9g}" for value in row.values()) + "\n")
 
 
 def load_checkpoint(path):
@@ -645,14 +642,6 @@ def join(device):
     return torch.device(device), rank, world
 
 
-def agree(values, world):
-    """Rank 0's `values`, in every process: one clock and one Ctrl-C for all."""
-    values = torch.tensor(values, dtype=torch.float64)
-    if world > 1:
-        dist.broadcast(values, 0)
-    return values.tolist()
-
-
 # ---------------------------------------------------------------------------------------------- compare, train
 def compare(c, given):
     """--ab: every arm with every seed, one run after the other, each its own process and folder; then their table.
@@ -661,12 +650,17 @@ def compare(c, given):
     """
     arms = {"no-ffn": {"ffn": False}, "ffn": {"ffn": True}, "dense": {"dense": True},
             "no-ffn-deep": {"ffn": False, "n_layer": round(c.n_layer * (1 + c.ffn_factor / 2))}}
+    given = {"steps": c.steps, "minutes": c.minutes, "n_layer": c.n_layer} | given
     signal.signal(signal.SIGINT, lambda *_: None)                           # Ctrl-C is for the run in hand
     runs = {}
     for seed, arm in itertools.product(range(c.seeds), arms):
         folder = Path(c.out) / f"{arm}-seed{seed}"
+        flags = given | arms[arm] | {"seed": seed, "out": str(folder)}
+        if (folder / "config.json").exists():
+            config = read_object(folder / "config.json")
+            if other := [name for name in flags.keys() - {"out", "seeds"} if config.get(name) != flags[name]]:
+                raise DataError(f"{folder}: a run with another --{dashed(other[0])}; name another --out")
         if not (folder / "result.json").exists():
-            flags = given | arms[arm] | {"seed": seed, "out": folder}
             words = [f"--{'no-' * (value is False)}{dashed(name)}{'' if isinstance(value, bool) else f'={value}'}"
                      for name, value in flags.items()]
             words = [f"--resume={folder}"] if (folder / "checkpoint.pt").exists() else words
@@ -716,9 +710,8 @@ def main(argv=None):
 
     # ---- data and model
     names, pairs, heldout = (state["names"], None, None) if mode == "eval" else load_data(c, device)
-    model = Transformer(Config(n_vocab=N_VOCAB, n_task=len(names), n_view=N_DIHEDRAL, d_model=c.d_model,
-                               n_head=c.n_head, n_layer=c.n_layer, ffn_factor=c.ffn_factor if c.ffn else 0,
-                               dense=c.dense, dropout=c.dropout)).to(device)
+    model = Transformer(Config(n_task=len(names), d_model=c.d_model, n_head=c.n_head, n_layer=c.n_layer, dense=c.dense,
+                               ffn_factor=c.ffn_factor if c.ffn else 0, dropout=c.dropout)).to(device)
     optimizer = torch.optim.AdamW(model.parameter_groups(c.weight_decay), c.lr, betas=(0.9, 0.95), fused=True)
     if state:
         if state["names"] != names:
@@ -731,7 +724,9 @@ def main(argv=None):
         out.mkdir(parents=True, exist_ok=True)
     if mode == "eval":
         result = solve(c, model, names, rank, world)
-        return rank or save_json(out / "result.json", result)
+        if rank == 0:
+            save_json(out / "result.json", result)
+        return
     print(f"{c.arm} on {c.device}{f' x {world}' * (world > 1)}: D={c.d_model} H={c.n_head} L={c.n_layer}, "
           f"{model.n_params() / 1e6:.2f} M parameters, {c.dtype}{', compiled' * c.compile}; {len(pairs.task)} pairs of "
           f"at most {c.max_tokens} tokens, {f'{c.steps} steps' if c.steps else f'{c.minutes:g} minutes'}, "
@@ -741,6 +736,11 @@ def main(argv=None):
         with autocast(c):
             return evaluate(model, batches)
 
+    def check_finite():
+        if not math.isfinite(norm):
+            raise DataError(f"step {step}: loss {loss:g}, gradient norm {norm:g}, learning rate {lr:.2g}; a lower --lr "
+                            f"may help; {out} keeps its last checkpoint")
+
     def checkpoint():
         log = (out / "log.csv").stat().st_size if (out / "log.csv").exists() else 0     # its lines, in bytes
         everything = {"config": asdict(c), "names": names, "step": step, "seconds": seconds, "log": log,
@@ -748,12 +748,13 @@ def main(argv=None):
         save(out / "checkpoint.pt", lambda file: torch.save(everything, file))
 
     if rank == 0:
-        git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
-        save_json(out / "config.json", asdict(c) | {"git": git.stdout.strip()})
         if (out / "log.csv").exists():
             os.truncate(out / "log.csv", state["log"])                      # what came after is made again
         elif not state:
             checkpoint()
+        git = ["git", "describe", "--always", "--dirty"] if shutil.which("git") else ["true"]
+        git = subprocess.run(git, cwd=HERE, capture_output=True, text=True).stdout.strip()
+        save_json(out / "config.json", asdict(c) | {"git": git})
     routing = [p for spl in model.spls().values() for p in (spl.proto_weight, spl.gate_weight)] if c.sars else []
     others = [p for p in model.parameters() if not any(p is q for q in routing)]
     if c.compile:                                       # before the clock starts; the layers share one compiled block
@@ -765,7 +766,7 @@ def main(argv=None):
     net = DistributedDataParallel(model) if world > 1 else model
 
     # ---- train
-    stop, shown, held, tokens, padded = [], {}, 0.0, 0, 0
+    stop, shown, held, tokens, padded, norm = [], {}, 0.0, 0, 0, 0.0
     handlers = {n: signal.signal(n, lambda *_: stop.append(1)) for n in (signal.SIGINT, signal.SIGTERM)}
     clock = saved = time.perf_counter()
     start = clock - seconds
@@ -773,7 +774,10 @@ def main(argv=None):
                disable=rank > 0)
     for epoch, (index, view, colours) in itertools.islice(batches(pairs, c, world), step, None):
         seconds = time.perf_counter() - start
-        used, stopped = agree([step / c.steps if c.steps else seconds / (60 * c.minutes), len(stop)], world)
+        used = torch.tensor([step / c.steps if c.steps else seconds / (60 * c.minutes), len(stop)], dtype=torch.float64)
+        if world > 1:
+            dist.broadcast(used, 0)                                 # one clock and one Ctrl-C for all
+        used, stopped = used.tolist()
         if used >= 1 or stopped:
             break
         lr = c.lr * rate(used, c.warmup, c.decay)
@@ -795,8 +799,9 @@ def main(argv=None):
             for p in routing:
                 p.grad = None
             route_loss.backward()
-            torch.nn.utils.clip_grad_norm_(routing, c.clip)
         norm = torch.nn.utils.clip_grad_norm_(others, c.clip)
+        if c.sars:
+            norm = torch.hypot(norm, torch.nn.utils.clip_grad_norm_(routing, c.clip))
         optimizer.step()
         optimizer.zero_grad()
         # ----
@@ -806,22 +811,21 @@ def main(argv=None):
             continue
         if world > 1:
             dist.all_reduce(loss)
-        loss, norm, speed = loss.item() / world, norm.item(), tokens / (time.perf_counter() - clock)
-        if not math.isfinite(norm):
-            raise DataError(f"step {step}: loss {loss:g}, gradient norm {norm:g}, learning rate {lr:.2g}; a lower --lr "
-                            f"may help; {out} keeps its last checkpoint")
+        loss, norm, pause = loss.item() / world, norm.item(), time.perf_counter()
+        speed = tokens / (pause - clock)
+        check_finite()
         if rank == 0:
-            row = {"step": step, "epoch": epoch, "seconds": time.perf_counter() - start, "lr": lr, "loss": loss,
+            row = {"step": step, "epoch": epoch, "seconds": pause - start, "lr": lr, "loss": loss,
                    "grad_norm": norm, "tokens_per_s": speed, "padding": 1 - tokens / padded}
             now, later = look([(*inputs, targets)]), {}
             if heldout and used >= held:
-                later, held = look(heldout.as_they_are(c.batch_tokens)), used + 0.04
+                later, held = look(heldout.unaugmented(c.batch_tokens)), used + 0.04
                 shown["held-out"] = f"{later['loss']:.3f}"
             row |= {"route_loss": route_loss.item() if c.sars else math.nan}
-            row |= {"pi": pi_score(loss, now["entropy"], norm)} | {key: now[key] for key in MONITORS[1:]}
+            row |= {"pi": pi_score(now["loss"], now["entropy"], norm)} | {key: now[key] for key in MONITORS[1:]}
             row |= {f"heldout_{key}": later.get(key, math.nan) for key in MONITORS}
             append(out / "log.csv", row | {name: value for name, value in now.items() if " " in name})
-            mfu = model.mfu(speed, targets.shape[1])
+            mfu = model.mfu(speed / world, targets.shape[1])
             shown |= {"loss": f"{loss:.3f}", "tok/s": f"{speed:.0f}"} | ({"MFU": f"{mfu:.0%}"} if mfu else {})
             bar.set_postfix(shown, refresh=False)
             bar.update(100 * used - bar.n)
@@ -829,19 +833,21 @@ def main(argv=None):
                 checkpoint()
                 saved = time.perf_counter()
         tokens, padded, clock = 0, 0, time.perf_counter()
+        start += clock - pause                                      # looking is not training: the budget stands still
     bar.update(0 if stopped else 100 - bar.n)
     bar.close()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    check_finite()
     if rank == 0:
         checkpoint()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     if stopped:
         print(f"stopped at step {step}; go on with: python train_arc.py --resume {out}")
         return
     result = {"arm": c.arm, "parameters": model.n_params(), "flops_per_token": model.flops_per_token(c.max_tokens),
               "steps": step, "seconds": seconds}
     if heldout and rank == 0:
-        result |= {f"heldout_{key}": value for key, value in look(heldout.as_they_are(c.batch_tokens)).items()}
+        result |= {f"heldout_{key}": value for key, value in look(heldout.unaugmented(c.batch_tokens)).items()}
         told = "held-out: loss {heldout_loss:.4f}, {heldout_tokens:.1%} of tokens, {heldout_grids:.1%} of grids"
         print((told + "; {heldout_active:.0%} of the neurons active" * (not c.dense)).format(**result))
     result |= solve(c, model, names, rank, world) if c.score else {}
@@ -852,7 +858,7 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (DataError, OSError) as fault:              # OSError names its file: missing, unreadable, disk full
+    except (DataError, OSError) as fault:              # OSError names its file: missing or unreadable
         print(f"error: {fault}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
