@@ -532,7 +532,7 @@ DEFAULTS = {
                 lr=5e-3, colour_votes=4, decode_tokens=2**15, dtype="float32",
                 compile=sys.platform == "linux" and shutil.which("g++") is not None),
     "cuda": dict(minutes=20.0, d_model=768, n_head=12, n_layer=10, dropout=0.1, max_tokens=1863, batch_tokens=2**15,
-                 lr=4e-3, colour_votes=1, decode_tokens=2**20, dtype="bfloat16", compile=True),
+                 lr=4e-3, colour_votes=4, decode_tokens=2**20, dtype="bfloat16", compile=True),
 }
 DENSE_LR = 0.2          # the dense control's best learning rate over the SPL's: see the search in results/README.md
 
@@ -760,8 +760,9 @@ def main(argv=None):
     if c.compile:                                       # before the clock starts; the layers share one compiled block
         for module in model.spls().values() if c.sars else model.blocks:        # SARS must see into the blocks
             module.forward = torch.compile(module.forward, dynamic=True)
-        with autocast(c):
-            task_loss(model, *pairs.batch(*next(batches(pairs, c))[1])).backward()
+        for _, batch in itertools.islice(batches(pairs, c), 30):                # until no shape is a surprise
+            with autocast(c):
+                task_loss(model, *pairs.batch(*batch)).backward()
         model.zero_grad()
     net = DistributedDataParallel(model) if world > 1 else model
 
