@@ -223,7 +223,7 @@ def evaluate(model, batches):
 
 if __name__ == "__main__":
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    B, T = 64, 32
+    B, T = 32, 32
     tokens = torch.randint(14, (B, T), device=device)
     zero = torch.zeros(B, dtype=torch.long, device=device)
     print(f"A model of D=128, L=4 on {device}: a training step on {B} sequences of {T} tokens")

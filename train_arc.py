@@ -638,7 +638,7 @@ def join(device):
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group()
+        dist.init_process_group("cpu:gloo,cuda:nccl")       # the clock is on the CPU, gradients are on the GPU
     return torch.device(device), rank, world
 
 
@@ -760,7 +760,7 @@ def main(argv=None):
     if c.compile:                                       # before the clock starts; the layers share one compiled block
         for module in model.spls().values() if c.sars else model.blocks:        # SARS must see into the blocks
             module.forward = torch.compile(module.forward, dynamic=True)
-        for _, batch in itertools.islice(batches(pairs, c), 30):                # until no shape is a surprise
+        for _, batch in itertools.islice(batches(pairs, c), 64):                # CUDA's first epoch: no shape surprises
             with autocast(c):
                 task_loss(model, *pairs.batch(*batch)).backward()
         model.zero_grad()
