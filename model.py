@@ -1,4 +1,4 @@
-"""The transformer: embeddings, L blocks, a norm and a head; size, FLOPs, cached generation, loss and monitors.
+"""The transformer: tokens, embeddings, L blocks, norm, head; size, FLOPs, cached generation, loss, monitors.
 
     x      = token embedding + task embedding + view embedding        (B, T, D)
     x      = block_l(x), l = 1..L                                     positions: rotary angles in each block
@@ -28,9 +28,34 @@ from spl import SparseProtoLinear, bench
 
 START, NL, SEP, END, N_VOCAB = 10, 11, 12, 13, 14       # 0..9 are the colours
 MAX_SIDE = 30                                           # rows and columns of a grid, at most
+MAX_OUTPUT = MAX_SIDE * (MAX_SIDE + 1) + 1              # 30 rows of 30 cells and <nl>, then <end>
 IGNORE = -100                                           # the target of a token that is not scored
 # dense bfloat16 FLOP/s, from the data sheets
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "4090": 165e12, "5090": 210e12}
+
+
+# ------------------------------------------------------------------------------------------ grids and positions
+def encode_grid(grid, stop):
+    """(h, w) array -> its h·(w+1) + 1 tokens: rows, each closed by <nl>, then `stop`."""
+    return [token for row in grid.tolist() for token in (*row, NL)] + [stop]
+
+
+def decode_grid(tokens):
+    """The rows that `tokens` (up to <end>) spell, or None: no rectangle of 1..30 by 1..30 colours."""
+    body, end, _ = bytes(list(tokens)).partition(bytes([END]))
+    *rows, rest = body.split(bytes([NL]))
+    widths = {len(row) for row in rows}
+    ok = end and not rest and len(widths) == 1 and 0 not in widths and max(*widths, len(rows)) <= MAX_SIDE
+    return [list(row) for row in rows] if ok and max(b"".join(rows)) <= 9 else None
+
+
+def encode_prompt(grid):
+    return [START] + encode_grid(grid, SEP)
+
+
+def pair_tokens(x, y):
+    """Length of a pair in its longest view: cells, a <nl> for each row or column, <start>, <sep>, <end>."""
+    return x.size + max(x.shape) + y.size + max(y.shape) + 3
 
 
 def advance(token, pos):
@@ -53,6 +78,7 @@ def positions(tokens):
     return torch.stack((row, column, (before == SEP).cumsum(1).clamp(max=1)), dim=-1)
 
 
+# ------------------------------------------------------------------------------------------ model
 @dataclass
 class Config:
     n_vocab: int = N_VOCAB  # tokens
@@ -64,6 +90,7 @@ class Config:
     ffn_factor: int = 1     # f of MoIE; 0 leaves the FFN out
     dense: bool = False     # nn.Linear attention and a 4x GELU FFN: the control of 12·D² weights per block
     dropout: float = 0.0    # share of a branch's output, in training
+    dtype: str = "float32"  # or "bfloat16": of the products, by autocast
 
 
 class Transformer(nn.Module):
@@ -93,9 +120,13 @@ class Transformer(nn.Module):
         """
         x = self.token(tokens) + (self.task(task) + self.view(view)).unsqueeze(1)     # (B, T, D)
         rope = rotary(positions(tokens) if pos is None else pos, self.config.d_model // self.config.n_head)
-        for block, cache in zip(self.blocks, caches or [None] * len(self.blocks)):
-            x = block(x, rope, cache, mask)                                           # (B, T, D)
-        return self.head(self.norm(x))                                                # (B, T, n_vocab)
+        with self.autocast():
+            for block, cache in zip(self.blocks, caches or [None] * len(self.blocks)):
+                x = block(x, rope, cache, mask)                                       # (B, T, D)
+            return self.head(self.norm(x))                                            # (B, T, n_vocab)
+
+    def autocast(self):
+        return torch.autocast(self.head.weight.device.type, torch.bfloat16, self.config.dtype == "bfloat16")
 
     def parameter_groups(self, weight_decay):
         """For an optimizer: the blocks' matrices decay; embeddings, head and vectors do not."""
@@ -108,8 +139,8 @@ class Transformer(nn.Module):
 
     @contextmanager
     def watch(self):
-        """While open, each forward fills the dict that this yields: {name of an SPL: (SPL, x, Y_out)}; Y_out keeps
-        its gradient."""
+        """While open, each forward fills the dict that this yields: {name of an SPL: (SPL, x, Y_out)}; Y_out
+        keeps its gradient."""
         def keep(name):
             def hook(spl, x, y):
                 seen[name] = spl, x[0], y
@@ -142,7 +173,7 @@ class Transformer(nn.Module):
 
     @torch.inference_mode()
     def generate(self, tokens, lengths, task, view, max_new, end=END, limit=MAX_SIDE, return_logits=False):
-        """Greedy continuation of right-padded prompts, all rows at once -> (B, N <= max_new) tokens, `end` fills up.
+        """Greedy continuation of right-padded prompts, all rows at once -> (B, N <= max_new), `end` fills up.
 
         tokens (B, P), lengths (B,). A row ends with `end`, or where its row or column exceeds `limit`.
         New tokens are cached in the columns after P for every row. Positions travel as angles, so a column
@@ -150,9 +181,9 @@ class Transformer(nn.Module):
         """
         B, P = tokens.shape
         c, head, device = self.config, self.head.weight, tokens.device
-        autocast = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if autocast else head.dtype
-        caches = [KVCache(B, c.n_head, P + max_new, c.d_model // c.n_head, device, dtype) for _ in self.blocks]
+        dtype = torch.bfloat16 if c.dtype == "bfloat16" else head.dtype
+        size = B, c.n_head, P + max_new, c.d_model // c.n_head
+        caches = [KVCache(*size, device, dtype) for _ in self.blocks]
         last, pos = (torch.arange(B, device=device), lengths - 1), positions(tokens)
         logits, token, now = self(tokens, task, view, pos, caches)[last], tokens[last], pos[last]
         readable = torch.ones(B, 1, 1, P + max_new, dtype=torch.bool, device=device)
@@ -172,11 +203,11 @@ class Transformer(nn.Module):
         return (out, torch.stack(all_logits, dim=1)) if return_logits else out
 
 
-# ---------------------------------------------------------------------------------------------- loss and monitors
+# ------------------------------------------------------------------------------------------ loss and monitors
 def task_loss(model, tokens, task, view, targets):
-    """Cross-entropy summed over the tokens that have a target; the caller divides by their number in the batch."""
-    logits = model(tokens, task, view)                                                            # (B, T, n_vocab)
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+    """Cross-entropy summed over the tokens that have a target; the caller divides by their number."""
+    logits = model(tokens, task, view).flatten(0, 1).float()                                  # (B·T, n_vocab)
+    return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="sum")
 
 
 def unpadded(targets):
@@ -191,34 +222,29 @@ def pi_score(loss, entropy, grad_norm, a=1.0, c=0.5):
 
 @torch.no_grad()
 def evaluate(model, batches):
-    """Means over `batches` of (tokens, task, view, targets). Per target: loss, entropy, tokens (share right); per
-    row: grids (share right throughout); per SPL, over all tokens up to a row's last target: active (share of M > 0)
-    and failed (routing failure: no neuron active); their plain means over the SPLs under "active" and "failed"."""
-    sums = Counter()
+    """Means over `batches` of (tokens, task, view, targets). Per target: loss, entropy, tokens (share right);
+    per row: grids (share right throughout); per token up to a row's last target, for each SPL and for their mean:
+    active (share of M > 0) and failed (routing failure: no neuron active)."""
+    sums, n = Counter(), Counter()
     model.eval()
-    with model.watch() as seen, torch.compiler.set_stance("force_eager"):
+    with model.watch() as seen, model.autocast(), torch.compiler.set_stance("force_eager"):
         for *inputs, targets in batches:
-            logp = model(*inputs).float().log_softmax(-1)                                         # (B, T, n_vocab)
-            scored, right = targets != IGNORE, logp.argmax(-1) == targets                         # (B, T)
-            real = unpadded(targets)                                                              # (B, T)
-            sums.update({
-                "loss": F.nll_loss(logp.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum"),
-                "entropy": -((logp.exp() * logp).sum(-1) * scored).sum(), "tokens": (right & scored).sum(),
-                "grids": (right | ~scored).all(1).sum(), "scored": scored.sum(), "rows": len(targets),
-                "real": real.sum()})
+            logp = model(*inputs).float().log_softmax(-1)                                 # (B, T, n_vocab)
+            scored, right = targets != IGNORE, logp.argmax(-1) == targets                 # (B, T)
+            real = unpadded(targets)                                                      # (B, T)
+            loss = F.nll_loss(logp.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+            sums.update(loss=loss, entropy=-((logp.exp() * logp).sum(-1) * scored).sum(),
+                        tokens=(right & scored).sum(), grids=(right | ~scored).all(1).sum())
+            n.update(scored=scored.sum(), rows=len(targets), real=real.sum())
             for name, (spl, x, _) in seen.items():
-                fires = spl.route(x)[1] > 0                                                           # (B, T, D_out)
-                sums[f"active {name}"] += (fires.float().mean(-1) * real).sum()
-                sums[f"failed {name}"] += (~fires.any(-1) * real).sum()
+                fires = spl.route(x)[1] > 0                                               # (B, T, D_out)
+                for kind, share in ("active", fires.float().mean(-1)), ("failed", ~fires.any(-1)):
+                    sums[f"{kind} {name}"] += (share * real).sum()
+                    sums[kind] += (share * real).sum() / len(seen)
     model.train()
-    sums = {name: float(value) for name, value in sums.items()}
-    found = {name: sums[name] / sums["rows" if name == "grids" else "scored"]
-             for name in ("loss", "entropy", "tokens", "grids")}
-    rates = {name: value / sums["real"] for name, value in sums.items() if " " in name}
-    for kind in ("active", "failed"):
-        of_kind = [rate for name, rate in rates.items() if name.startswith(kind)]
-        found[kind] = sum(of_kind) / len(of_kind) if of_kind else math.nan
-    return found | rates
+    per = {"loss": "scored", "entropy": "scored", "tokens": "scored", "grids": "rows"}
+    means = {name: float(total / n[per.get(name, "real")]) for name, total in sums.items()}
+    return {"active": math.nan, "failed": math.nan} | means                 # the dense control has no SPL
 
 
 if __name__ == "__main__":
@@ -230,8 +256,8 @@ if __name__ == "__main__":
     print(f"{'':10} {'parameters':>11} {'FLOPs/token':>12} {'ms':>7}")
     models = {"no FFN": Config(ffn_factor=0), "MoIE f=1": Config(), "dense": Config(dense=True)}
     models = {name: Transformer(config).to(device) for name, config in models.items()}
-    steps = {name: lambda m=m: m(tokens, zero, zero).logsumexp(-1).sum().backward() for name, m in models.items()}
-    t = bench(steps)
+    t = bench({name: lambda m=m: m(tokens, zero, zero).logsumexp(-1).sum().backward()
+               for name, m in models.items()})
     for name, m in models.items():
         print(f"{name:10} {m.n_params():11} {m.flops_per_token(T):12} {1000 * t[name]:7.1f}")
 

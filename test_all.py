@@ -24,7 +24,7 @@ import spl
 import train_arc
 from block import Block, MoIE
 from dynsiha import DynSIHA, rotary, rotate
-from model import Config, Transformer, advance, evaluate, pi_score, positions, task_loss, unpadded
+from model import START, Config, Transformer, advance, evaluate, pi_score, positions, task_loss, unpadded
 from spl import SparseProtoLinear, goodness, jsd, mas_normalize, mas_reference, routing_loss, spl_reference
 
 HERE = Path(__file__).parent
@@ -87,14 +87,14 @@ def test_every_parameter_learns_at_init_and_after_ten_steps(tmp_path):
 
     One batch is not enough: a gate is heard only where its neuron fires and pays, or has the highest cost of all.
     """
-    _, run, _, _ = train_arc.parse(["--no-ffn", "--device", "cpu", "--data", str(ARC1), "--out", str(tmp_path)])
+    _, run, _ = train_arc.parse(["--no-ffn", "--device", "cpu", "--data", str(ARC1), "--out", str(tmp_path)])
     names, pairs, _ = train_arc.load_data(run, torch.device("cpu"))
     model = Transformer(Config(n_task=len(names), d_model=64, n_head=1, n_layer=2, ffn_factor=0))
     nn.init.normal_(model.head.weight, std=0.1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
 
     def backward(batch):
-        *inputs, targets = pairs.batch(*batch)
+        *inputs, targets = train_arc.collate(batch, torch.device("cpu"))
         task_loss(model, *inputs, targets).backward()
 
     stream = train_arc.batches(pairs, run)
@@ -360,7 +360,7 @@ def test_cached_decoding_gives_the_full_forwards_tokens_and_logits(device):
     nn.init.normal_(model.head.weight)
     lengths, new = torch.tensor([4, 9, 6], device=device), 7
     tokens = torch.randint(10, (3, 9), device=device)
-    tokens[:, 0] = train_arc.START
+    tokens[:, 0] = START
     task, view = torch.arange(3, device=device), torch.tensor([5, 0, 2], device=device)
     out, logits = model.generate(tokens, lengths, task, view, new, end=-1, return_logits=True)
     for row in range(3):
@@ -394,7 +394,7 @@ def test_a_row_that_leaves_the_30_by_30_format_ends():
     """A model that repeats one colour makes one long row; it is cut where <nl> would be overdue."""
     model = Transformer(Config(d_model=16, n_head=2, n_layer=1)).eval()
     model.forward = lambda tokens, *_: F.one_hot(torch.full_like(tokens, 3), 14).float()
-    prompt = torch.from_numpy(train_arc.encode_prompt(np.ones((2, 2), np.uint8)).astype(np.int64))[None]
+    prompt = torch.tensor([train_arc.encode_prompt(np.ones((2, 2), np.uint8))])
     zero = torch.zeros(1, dtype=torch.long)
     assert model.generate(prompt, zero + 8, zero, zero, 900).tolist() == [[3] * 32]
 
@@ -552,8 +552,8 @@ def test_output_that_is_no_grid_is_dropped(tokens):
 
 def test_positions_in_parallel_equal_positions_step_by_step():
     x, y = np.ones((3, 2), np.uint8), np.ones((2, 4), np.uint8)
-    sequence = np.concatenate((train_arc.encode_prompt(x), train_arc.encode_grid(y, train_arc.END)))
-    other = np.concatenate((train_arc.encode_prompt(y), train_arc.encode_grid(x, train_arc.END)))
+    sequence = train_arc.encode_prompt(x) + train_arc.encode_grid(y, train_arc.END)
+    other = train_arc.encode_prompt(y) + train_arc.encode_grid(x, train_arc.END)
     tokens = torch.from_numpy(np.stack((sequence, np.pad(other, (0, len(sequence) - len(other)))))).long()
     whole = positions(tokens)
     now = torch.zeros(2, 3, dtype=torch.long)
@@ -561,7 +561,7 @@ def test_positions_in_parallel_equal_positions_step_by_step():
         assert torch.equal(whole[:, t], now), f"token {t}"
         now = advance(tokens[:, t], now)
     anything = torch.randint(14, (50, 40))
-    anything[:, 0] = train_arc.START
+    anything[:, 0] = START
     whole, now = positions(anything), torch.zeros(50, 3, dtype=torch.long)
     for t in range(40):
         assert torch.equal(whole[:, t], now)
@@ -570,22 +570,22 @@ def test_positions_in_parallel_equal_positions_step_by_step():
 
 def test_positions_count_rows_columns_and_roles():
     x, y = np.ones((3, 2), np.uint8), np.ones((2, 4), np.uint8)
-    sequence = np.concatenate((train_arc.encode_prompt(x), train_arc.encode_grid(y, train_arc.END)))
-    whole = positions(torch.from_numpy(sequence).long()[None])
+    sequence = train_arc.encode_prompt(x) + train_arc.encode_grid(y, train_arc.END)
+    whole = positions(torch.tensor([sequence]))
     assert whole[0, 1].tolist() == [0, 0, 0] and whole[0, 11].tolist() == [0, 0, 1]    # the first cells of both grids
     assert whole[0, 10].tolist() == [3, 0, 0] and whole[0, -1].tolist() == [2, 0, 1]   # <sep>, <end>
 
 
 def tiny_pairs():
     grids = [np.full((h, w), h, np.uint8) for h, w in ((1, 2), (3, 3), (2, 5), (4, 1))]
-    free = np.ones((4, 10), bool) & (np.arange(10) > 0)
-    return train_arc.Pairs([(n, x, x.T) for n, x in enumerate(grids)], free, torch.device("cpu"))
+    return [train_arc.Pair(n, np.arange(10) > 0, train_arc.in_views(x, x.T)) for n, x in enumerate(grids)]
 
 
 def test_labels_are_shifted_once_and_outputs_only():
     """The target at t is token t + 1 of the output, <end> included; prompt and padding have none."""
-    pairs, same = tiny_pairs(), np.tile(np.arange(14, dtype=np.uint8), (2, 1))
-    tokens, task, view, targets = pairs.batch(np.array([0, 1]), np.array([0, 0]), same)
+    same = np.arange(14, dtype=np.uint8)
+    samples = [train_arc.Sample(n, 0, same, *pair.views[0]) for n, pair in enumerate(tiny_pairs()[:2])]
+    tokens, task, view, targets = train_arc.collate(samples, torch.device("cpu"))
     assert tokens[0, :9].tolist() == [10, 1, 1, 11, 12, 1, 11, 1, 11]
     assert targets[0, :9].tolist() == [-100] * 4 + [1, 11, 1, 11, 13]
     assert (targets[0, 9:] == -100).all() and task.tolist() == [0, 1] and view.tolist() == [0, 0]
@@ -595,14 +595,13 @@ def test_labels_are_shifted_once_and_outputs_only():
 
 
 def test_an_epoch_shows_each_pair_once_in_budgeted_batches():
-    pairs = tiny_pairs()
     for seed in range(20):
-        plan = train_arc.plan_epoch(pairs, 40, np.random.default_rng(seed))
-        assert sorted(np.concatenate([index for index, _, _ in plan])) == [0, 1, 2, 3]
-        for index, view, colours in plan:
-            tokens = pairs.batch(index, view, colours)[0]
+        plan = train_arc.plan_epoch(tiny_pairs(), 40, np.random.default_rng(seed))
+        assert sorted(sample.task for batch in plan for sample in batch) == [0, 1, 2, 3]
+        for batch in plan:
+            tokens = train_arc.collate(batch, torch.device("cpu"))[0]
             assert tokens.numel() <= 40 + tokens.shape[1]          # a lone last pair joins the batch before
-            assert len(index) > 1 or len(plan) == 1 or tokens.shape[1] > 20
+            assert len(batch) > 1 or len(plan) == 1 or tokens.shape[1] > 20
 
 
 def test_the_rate_rises_stays_and_falls_to_zero():
@@ -611,10 +610,10 @@ def test_the_rate_rises_stays_and_falls_to_zero():
 
 
 def test_an_epoch_of_arc_wastes_under_5_percent_on_padding():
-    _, run, _, _ = train_arc.parse(["--device", "cpu", "--data", str(ARC1)])
+    _, run, _ = train_arc.parse(["--device", "cpu", "--data", str(ARC1)])
     _, pairs, _ = train_arc.load_data(run, torch.device("cpu"))
     plan = train_arc.plan_epoch(pairs, run.batch_tokens, np.random.default_rng(0))
-    lengths = [pairs.length[index, view] - 1 for index, view, _ in plan]
+    lengths = [np.array([len(sample.prompt) + len(sample.answer) - 1 for sample in batch]) for batch in plan]
     assert sum(length.sum() for length in lengths) > 0.95 * sum(len(length) * length.max() for length in lengths)
 
 
@@ -622,10 +621,10 @@ def test_the_arms_of_a_comparison_see_the_same_data(tmp_path):
     """Same seed: the same pairs, views and colours in the same order, with and without FFN, dense, and deeper."""
     streams = []
     for flags in (["--no-ffn"], ["--ffn"], ["--dense"], ["--no-ffn", "--n-layer", "6"]):
-        _, run, _, _ = train_arc.parse([*flags, "--device", "cpu", "--data", str(ARC1), "--seed", "3"])
+        _, run, _ = train_arc.parse([*flags, "--device", "cpu", "--data", str(ARC1), "--seed", "3"])
         _, pairs, _ = train_arc.load_data(run, torch.device("cpu"))
         stream = itertools.islice(train_arc.batches(pairs, run), 300)
-        streams.append([[part.tobytes() for part in batch] for _, batch in stream])
+        streams.append([[part.tobytes() for part in map(np.array, sample)] for _, batch in stream for sample in batch])
     assert streams[0] == streams[1] == streams[2] == streams[3]
 
 
@@ -658,12 +657,11 @@ def test_score_by_the_arc_prizes_rule():
 def test_no_pair_to_train_on_is_an_evaluation_test_pair(arc1, tmp_path):
     """Not even with --no-heldout, where training/40853293 is evaluation/070dd51e under another id."""
     flags = ["--no-heldout", "--device", "cpu", "--max-tokens", "1863", "--batch-tokens", "2048", "--data", str(ARC1)]
-    _, run, _, _ = train_arc.parse(flags)
+    _, run, _ = train_arc.parse(flags)
     pairs = train_arc.load_data(run, torch.device("cpu"))[1]
-    spans = zip(pairs.start[:, 0], pairs.length[:, 0])
-    seen = {pairs.flat[start:start + length].numpy().tobytes() for start, length in spans}
+    seen = {tuple(np.concatenate(pair.views[0])) for pair in pairs}
     tasks, solutions = arc1["evaluation"]
-    asked = [np.concatenate((train_arc.encode_prompt(x), train_arc.encode_grid(y, train_arc.END))).tobytes()
+    asked = [tuple(train_arc.encode_prompt(x) + train_arc.encode_grid(y, train_arc.END))
              for name, task in tasks.items() for x, y in zip(task.test, solutions[name])]
     assert len(seen) > 3000 and not seen & set(asked)
 
@@ -730,10 +728,10 @@ def equal(a, b):
 
 def test_answers_are_turned_and_coloured_back(monkeypatch):
     """A model that repeats its prompt's grid answers with the grid itself, in every view and colour table."""
-    def echo(jobs, model, c):
-        return [np.append(prompt[1:-1], train_arc.END) for *_, prompt in jobs]
+    def echo(samples, model, c):
+        return [np.append(sample.colours[sample.prompt[1:-1]], train_arc.END) for sample in samples]
     monkeypatch.setattr(train_arc, "decode", echo)
-    run = train_arc.Run(**train_arc.DEFAULTS["cpu"] | {"colour_votes": 3, "decode_tokens": 300})
+    run = train_arc.Run(device="cpu", colour_votes=3, decode_tokens=300)
     grids = [np.arange(6).reshape(2, 3), np.array([[7], [1]])]
     free = np.arange(10) > 0
     found = train_arc.answer(None, [(0, grids[0], free), (1, grids[1], free)], run)
@@ -773,7 +771,7 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path, monkeypatch, number,
     monkeypatch.setattr(train_arc, "task_loss", interrupted)
     stopped = train(data, tmp_path / "stopped", *flags)
     with pytest.raises(train_arc.DataError, match="is not empty; .* --resume"):
-        train_arc.parse(["--out", str(tmp_path / "stopped")])
+        train_arc.main([*SMALL, "--data", str(data), "--out", str(tmp_path / "stopped")])
     assert len(calls) == at and not equal(whole, stopped)
     train_arc.main(["--resume", str(tmp_path / "stopped")])
     assert equal(whole, torch.load(tmp_path / "stopped/checkpoint.pt", weights_only=True)["model"])
@@ -921,9 +919,9 @@ def test_every_layout_reads_the_same_and_a_test_set_without_solutions_is_answere
 
 
 @pytest.mark.parametrize("change, fault", [
-    (lambda s: s.pop("t"), "task t: no 't'"), (lambda s: s["t"].pop(), "task t: 1 entries; expected a list of 2"),
-    (lambda s: s["t"][1].pop("attempt_2"), "task t: 1 attempt_2: no 'attempt_2'"),
-    (lambda s: s["t"][0].update(attempt_1=[[10]]), "task t: 0 attempt_1: a cell is 10")])
+    (lambda s: s.pop("t"), "task t: no 't'"), (lambda s: s["t"].pop(), "task t: attempts: 1 entries; expected a list of 2"),
+    (lambda s: s["t"][1].pop("attempt_2"), "task t: attempts: 1 attempt_2: no 'attempt_2'"),
+    (lambda s: s["t"][0].update(attempt_1=[[10]]), "task t: attempts: 0 attempt_1: a cell is 10")])
 def test_a_submission_is_read_strictly(tmp_path, change, fault):
     submission = {"t": [{"attempt_1": [[1]], "attempt_2": [[2]]} for _ in range(2)]}
     tasks, file = {"t": train_arc.Task([], [None, None])}, tmp_path / "submission.json"
@@ -1005,7 +1003,7 @@ def test_bad_solutions_are_named(tmp_path, text, fault):
 
 def test_bad_sets_are_named(tmp_path):
     """An empty folder, one id in two files or two splits, a training split without solutions."""
-    run = train_arc.Run(**train_arc.DEFAULTS["cpu"] | {"data": str(tmp_path), "device": "cpu"})
+    run = train_arc.Run(data=str(tmp_path), device="cpu")
 
     def fault():
         with pytest.raises(train_arc.DataError, match=re.escape(str(tmp_path))) as e:

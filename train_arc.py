@@ -9,9 +9,9 @@
     torchrun --standalone --nproc_per_node=8 train_arc.py --no-ffn       on 8 GPUs
     python train_arc.py --help                   every flag
 
-The recipe: one demonstration pair is one sequence; a learned embedding per task says which rule applies. Training
-sees the demonstration pairs of every task, the evaluation tasks' too, and never a test output of the evaluation
-split: these are read in `solve` alone, after the answers. The training split's own test pairs are held out, for tuning.
+The recipe: one demonstration pair is one sequence; a learned embedding per task says which rule applies.
+Training sees the demonstrations of every task, the evaluation tasks' too, and never a test output of the
+evaluation split: `solve` alone reads these, after the answers. The training split's test pairs are held out.
 
 Symbols   B batch, T tokens.
 """
@@ -27,7 +27,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import Counter, namedtuple
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -35,62 +35,47 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
+from torch import nn
 from tqdm import tqdm
 
-from model import (END, IGNORE, MAX_SIDE, N_VOCAB, NL, SEP, START, Config, Transformer,
-                   evaluate, pi_score, task_loss, unpadded)
+from model import (END, IGNORE, MAX_OUTPUT, MAX_SIDE, N_VOCAB, Config, Transformer, decode_grid, encode_grid,
+                   encode_prompt, evaluate, pair_tokens, pi_score, task_loss, unpadded)
 from spl import routing_loss
 
-# ---------------------------------------------------------------------------------------------- grids <-> tokens
-MAX_OUTPUT = MAX_SIDE * (MAX_SIDE + 1) + 1              # 30 rows of 30 cells and <nl>, then <end>
-
-HERE = Path(__file__).parent
+N_DIHEDRAL = 8
 SPLITS, ATTEMPTS = ("training", "evaluation", "test"), ("attempt_1", "attempt_2")
 MONITORS = ("loss", "tokens", "grids", "active", "failed")              # of `evaluate`, for the log
-PALETTE = (16, 27, 160, 34, 220, 245, 201, 208, 117, 88)  # the colours of ARC among a terminal's 256
 
 
+# ------------------------------------------------------------------------------------------ bad input
 class DataError(ValueError):
     """Bad input; its text names the file, the task and the fault."""
 
 
+def require(ok, fault):
+    if not ok:
+        raise DataError(fault)
+
+
 @contextmanager
 def blame(where):
-    """A fault inside becomes a DataError of one line that begins with `where`; nested, they spell the way to it."""
+    """An error inside becomes a DataError of one line that begins with `where`; nested, they say where."""
     try:
         yield
-    except KeyError as e:
-        raise DataError(f"{where}: no {e}") from None
     except (ValueError, TypeError, LookupError, RuntimeError, OSError, EOFError, pickle.UnpicklingError) as e:
-        raise DataError(f"{where}: {' '.join(str(e).split())[:300]}") from None
+        fault = f"no {e}" if isinstance(e, KeyError) else " ".join(str(e).split())[:300]
+        raise DataError(f"{where}: {fault}") from None
 
 
-def encode_grid(grid, stop):
-    """(h, w) grid -> h·(w+1) + 1 tokens: rows, each closed by <nl>, then `stop`."""
-    return np.append(np.pad(grid, ((0, 0), (0, 1)), constant_values=NL).ravel(), stop).astype(np.uint8)
+def expect(value, kind, length=None):
+    """`value`, if it is a list or dict, not empty, and of `length` entries where that is given."""
+    found = f"{len(value)} entries" if isinstance(value, kind) else type(value).__name__
+    require(isinstance(value, kind) and value and len(value) == (length or len(value)),
+            f"{found}; expected a {kind.__name__} of {length or 'at least one'}")
+    return value
 
 
-def decode_grid(tokens):
-    """The grid that `tokens` (up to <end>) spell, or None: no rectangle of 1..30 by 1..30 colours."""
-    tokens = np.asarray(tokens)
-    ends = np.flatnonzero(tokens == END)
-    body = tokens[:ends[0]] if len(ends) else tokens[:0]
-    width = np.flatnonzero(body == NL)[0] if NL in body else 0
-    if not 1 <= width <= MAX_SIDE or len(body) % (width + 1) or len(body) // (width + 1) > MAX_SIDE:
-        return None
-    rows = body.reshape(-1, width + 1)
-    return rows[:, :-1] if (rows[:, -1] == NL).all() and (rows[:, :-1] <= 9).all() else None
-
-
-def encode_prompt(x):
-    return np.concatenate(([np.uint8(START)], encode_grid(x, SEP)))
-
-
-# ---------------------------------------------------------------------------------------------- views
-N_DIHEDRAL = 8
-
-
+# ------------------------------------------------------------------------------------------ views
 def view_grid(grid, view):
     """One of the 8 dihedral views: transposed from 4 on, then turned by view % 4 quarters."""
     return np.rot90(grid.T if view >= 4 else grid, view % 4)
@@ -113,11 +98,8 @@ def colour_permutations(free, rng):
     return table
 
 
-# ---------------------------------------------------------------------------------------------- tasks
-@dataclass
-class Task:
-    train: list     # demonstration pairs (input, output) of uint8 grids
-    test: list      # input grids; their outputs are not here: only `read_solutions` returns them
+# ------------------------------------------------------------------------------------------ tasks
+Task = namedtuple("Task", "train test")     # demonstrations [(input, output)]; inputs, never their outputs
 
 
 def read_object(path):
@@ -128,48 +110,42 @@ def read_object(path):
         return expect(value, dict)
 
 
-def expect(value, kind, length=None):
-    """`value`, if it is a list or dict, not empty, and of `length` entries where that is given."""
-    if not isinstance(value, kind) or not value or len(value) != (length or len(value)):
-        found = f"{len(value)} entries" if isinstance(value, kind) else type(value).__name__
-        raise ValueError(f"{found}; expected a {kind.__name__} of {length or 'at least one'}")
-    return value
-
-
 def read_grid(value):
     """A JSON value -> (h, w) uint8 grid."""
     widths = {len(expect(row, list)) for row in expect(value, list)}
-    if len(widths) > 1 or max(*widths, len(value)) > MAX_SIDE:
-        raise ValueError(f"{len(value)} rows of widths {sorted(widths)}; expected up to 30 rows of one width, up to 30")
-    for cell in itertools.chain(*value):
-        if type(cell) is not int or not 0 <= cell <= 9:
-            raise ValueError(f"a cell is {json.dumps(cell)[:20]}; expected an integer from 0 to 9")
+    require(len(widths) == 1 and max(*widths, len(value)) <= MAX_SIDE,
+            f"{len(value)} rows of widths {sorted(widths)}; expected up to 30 rows of one width, up to 30")
+    wrong = [cell for row in value for cell in row if type(cell) is not int or not 0 <= cell <= 9]
+    require(not wrong, f"a cell is {json.dumps(wrong[:1])[1:-1][:20]}; expected an integer from 0 to 9")
     return np.array(value, dtype=np.uint8)
 
 
-def read_grids(values, key=None):
-    """A list of grids, or of objects with a grid under `key`."""
-    grids = []
-    for i, value in enumerate(expect(values, list)):
-        with blame(f"{i} {key}" if key else i):
-            grids.append(read_grid(expect(value, dict)[key] if key else value))
+def read_grids(raw, part, key=None, length=None):
+    """raw[part], a list of `length` grids, or of objects with a grid under `key`."""
+    values, grids = expect(raw, dict)[part], []
+    with blame(part):
+        for i, value in enumerate(expect(values, list, length)):
+            with blame(f"{i} {key}" if key else i):
+                grids.append(read_grid(expect(value, dict)[key] if key else value))
     return grids
 
 
 def read_split(folder, split):
-    """{id: (file, raw task)} of one split: from Kaggle's one file, or GitHub's folder with a file for each task.
+    """{id: (file, raw task)} of one split: Kaggle's one file, or GitHub's folder with a file for each task.
 
     A folder of task files without splits, such as ConceptARC, is an evaluation split as a whole.
     """
-    kaggle, tasks = Path(folder) / f"arc-agi_{split}_challenges.json", {}
+    folder, tasks = Path(folder), {}
+    kaggle = folder / f"arc-agi_{split}_challenges.json"
     if kaggle.exists():
         return {name: (kaggle, raw) for name, raw in read_object(kaggle).items()}
-    has_splits = any(Path(folder).glob("arc-agi_*.json")) or any((Path(folder) / s).is_dir() for s in SPLITS)
-    root = Path(folder) / split if has_splits else Path(folder)
-    for file in sorted(root.rglob("*.json")) if has_splits or split == "evaluation" else []:
-        if file.stem in tasks:
-            raise DataError(f"{file}: task {file.stem} is in {tasks[file.stem][0]}, too")
-        tasks[file.stem] = file, read_object(file)
+    if any(folder.glob("arc-agi_*.json")) or any((folder / name).is_dir() for name in SPLITS):
+        folder = folder / split
+    elif split != "evaluation":
+        return {}
+    for file in sorted(folder.rglob("*.json")):
+        first, _ = tasks.setdefault(file.stem, (file, read_object(file)))
+        require(first is file, f"{file}: task {file.stem} is in {first}, too")
     return tasks
 
 
@@ -178,29 +154,25 @@ def read_tasks(folder, split):
     tasks = {}
     for name, (file, raw) in read_split(folder, split).items():
         with blame(f"{file}: task {name}"):
-            train, test = (expect(raw, dict)[part] for part in ("train", "test"))
-            with blame("train"):
-                train = list(zip(read_grids(train, "input"), read_grids(train, "output")))
-            with blame("test"):
-                tasks[name] = Task(train, read_grids(test, "input"))
+            train = zip(read_grids(raw, "train", "input"), read_grids(raw, "train", "output"))
+            tasks[name] = Task(list(train), read_grids(raw, "test", "input"))
     return tasks
 
 
 def read_solutions(folder, split, tasks):
-    """{id: [test output, ...]} of a split's `tasks`, from its solutions file or inline; None where there are none."""
-    file = Path(folder) / f"arc-agi_{split}_solutions.json"
+    """{id: [test output, ...]} of a split's `tasks`, from its file or inline; None if there are none."""
+    file, solutions = Path(folder) / f"arc-agi_{split}_solutions.json", {}
     if file.exists():
-        raw = {name: (file, grids) for name, grids in read_object(file).items()}
+        found = {name: (file, grids) for name, grids in read_object(file).items()}
     else:
-        raw = {name: (file, [pair["output"] for pair in task["test"] if "output" in pair])
-               for name, (file, task) in read_split(folder, split).items()}
-        if not any(grids for _, grids in raw.values()):
-            return None
-    solutions = {}
+        found = {name: (source, [pair["output"] for pair in raw["test"] if "output" in pair])
+                 for name, (source, raw) in read_split(folder, split).items()}
+    if not any(grids for _, grids in found.values()):
+        return None
     for name, task in tasks.items():
-        source, grids = raw.get(name, (file, None))
-        with blame(f"{source}: task {name}: solutions"):
-            solutions[name] = read_grids(expect(grids, list, len(task.test)))
+        source, grids = found.get(name, (file, None))
+        with blame(f"{source}: task {name}"):
+            solutions[name] = read_grids({"solutions": grids}, "solutions", length=len(task.test))
     return solutions
 
 
@@ -210,274 +182,241 @@ def read_submission(file, tasks):
     for name, task in tasks.items():
         with blame(f"{file}: task {name}"):
             for key in ATTEMPTS:
-                read_grids(expect(found[name], list, len(task.test)), key)
+                read_grids({"attempts": found[name]}, "attempts", key, len(task.test))
     return found
 
 
-def without_leaks(extra, asked, known):
-    """The `extra` tasks that share nothing with the `asked` ones: no id, no set of demonstrations, no test input.
+def without_leaks(extra, asked, known=()):
+    """The `extra` tasks that share no id, set of demonstrations or test input with the `asked` ones.
 
     `known` are ids to leave out as well. No output that is asked for is needed to tell.
     """
-    def key(grid):
-        return grid.shape, grid.tobytes()
+    def clues(task, inputs):
+        demos = frozenset(str([x.tolist(), y.tolist()]) for x, y in task.train)
+        return {demos, *(str(x.tolist()) for x in inputs)}
 
-    def demos(task):
-        return frozenset((key(x), key(y)) for x, y in task.train)
-
-    taken = {demos(task) for task in asked.values()}
-    inputs = {key(x) for task in asked.values() for x in task.test}
-    return {name: task for name, task in extra.items()
-            if name not in asked and name not in known and demos(task) not in taken
-            and not inputs & {key(x) for x in [x for x, _ in task.train] + task.test}}
+    taken = set().union(*(clues(task, task.test) for task in asked.values()))
+    return {name: task for name, task in extra.items() if name not in asked and name not in known
+            and taken.isdisjoint(clues(task, [x for x, _ in task.train] + task.test))}
 
 
-# ---------------------------------------------------------------------------------------------- batches
-class Pairs:
-    """Tokenized pairs in all 8 views, on one device: flat tokens; per [pair, view] their start and lengths."""
-
-    def __init__(self, pairs, free, device):
-        """pairs: [(task index, input, output)]; free (n_task, 10): the colours a task may permute."""
-        rows = [(encode_prompt(view_grid(x, v)), encode_grid(view_grid(y, v), END))
-                for _, x, y in pairs for v in range(N_DIHEDRAL)]
-        shape = (len(pairs), N_DIHEDRAL)
-        self.prompt, answer = (np.array([len(row[i]) for row in rows]).reshape(shape) for i in (0, 1))
-        self.length = self.prompt + answer
-        self.start = self.length.cumsum().reshape(shape) - self.length
-        self.task = np.array([task for task, _, _ in pairs], dtype=np.int64)
-        self.free = free[self.task]
-        self.device = device
-        flat = np.concatenate([part for row in rows for part in row] + [np.full(2048, END, np.uint8)])
-        self.flat = torch.from_numpy(flat).to(device)
-
-    def batch(self, index, view, colours):
-        """Pairs index (B,) in views (B,) under colour tables (B, 14) -> tokens, task, view, targets.
-
-        The target at t is token t + 1 where that is an output token, IGNORE elsewhere.
-        """
-        length = self.length[index, view]
-        meta = np.stack((self.start[index, view], self.prompt[index, view], length, self.task[index], view))
-        start, prompt, end, task, view = to_device(meta, self.device)
-        t = torch.arange(int(length.max()), device=self.device)
-        tokens = self.flat[start[:, None] + t].long()                                             # (B, T + 1)
-        tokens = to_device(colours, self.device).long().gather(1, tokens)
-        scored = (t >= prompt[:, None]) & (t < end[:, None])
-        targets = tokens.masked_fill(~scored, IGNORE)[:, 1:]
-        return tokens[:, :-1], task, view, targets
-
-    def unaugmented(self, batch_tokens):
-        """Every pair once, in the first view and its true colours, batch by batch."""
-        order, same = np.argsort(self.length[:, 0], kind="stable"), np.arange(N_VOCAB, dtype=np.uint8)
-        size = max(1, batch_tokens // int(self.length[:, 0].max()))
-        for index in np.split(order, range(size, len(order), size)):
-            yield self.batch(index, np.zeros_like(index), np.tile(same, (len(index), 1)))
+# ------------------------------------------------------------------------------------------ batches
+Pair = namedtuple("Pair", "task free views")        # task index; colours to permute; tokens in each view
+Sample = namedtuple("Sample", "task view colours prompt answer")    # one view of a pair, under a colour table
 
 
-def pair_tokens(x, y):
-    """Length of a pair in its longest view: the cells, a <nl> for each row or column, <start>, <sep>, <end>."""
-    return x.size + max(x.shape) + y.size + max(y.shape) + 3
+def collate(samples, device):
+    """Samples -> tokens (B, T), task (B,), view (B,), targets (B, T), on their way to `device`.
 
-
-def to_device(array, device):
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
-
-def plan_epoch(pairs, batch_tokens, rng, least=2):
-    """One epoch as (index, view, colours) batches: each pair once, in a fresh view, similar lengths together.
-
-    A last batch of fewer than `least` pairs joins the one before: a lone pair would compile anew, and every
-    process needs one.
+    The target at t is token t + 1 where that is an output token, IGNORE elsewhere.
     """
-    n = len(pairs.task)
-    view = rng.integers(N_DIHEDRAL, size=n)
-    length = pairs.length[np.arange(n), view]
-    order = np.lexsort((rng.random(n), length))
-    colours = colour_permutations(pairs.free, rng)
+    tokens = [s.colours[np.append(s.prompt, s.answer[:-1])] for s in samples]
+    targets = [np.append(np.full(len(s.prompt) - 1, IGNORE), s.colours[s.answer]) for s in samples]
+    tokens, targets = (nn.utils.rnn.pad_sequence([torch.from_numpy(row).long() for row in rows], True, value)
+                       for rows, value in ((tokens, END), (targets, IGNORE)))
+    task, view = torch.tensor([(s.task, s.view) for s in samples]).T.contiguous()
+    batch = tokens, task, view, targets
+    return [x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x for x in batch]
+
+
+def cut(lengths, budget):
+    """Where to split ascending `lengths` so that each part, padded to its longest, stays within `budget`."""
     cuts, first = [], 0
-    for i in range(n):
-        if (i + 1 - first) * (length[order[i]] - 1) > batch_tokens and i > first:
+    for i, length in enumerate(lengths):
+        if (i + 1 - first) * length > budget and i > first:
             cuts.append(i)
             first = i
-    if cuts and n - first < least:
+    return cuts
+
+
+def plan_epoch(pairs, batch_tokens, rng, least=2, views=N_DIHEDRAL):
+    """One epoch as lists of samples: each pair once, in a fresh view, similar lengths together.
+
+    A last list of fewer than `least` samples joins the one before: a lone one would compile anew, and every
+    process needs one.
+    """
+    view = rng.integers(views, size=len(pairs))
+    length = np.array([sum(map(len, pair.views[v])) for pair, v in zip(pairs, view)])
+    order = np.lexsort((rng.random(len(pairs)), length))
+    colours = colour_permutations(np.array([pair.free for pair in pairs]), rng)
+    samples = [Sample(pair.task, v, table, *pair.views[v]) for pair, v, table in zip(pairs, view, colours)]
+    cuts = cut(length[order] - 1, batch_tokens)
+    if cuts and len(pairs) - cuts[-1] < least:
         cuts.pop()
     parts = np.split(order, cuts)
-    return [(parts[i], view[parts[i]], colours[parts[i]]) for i in rng.permutation(len(parts))]
+    return [[samples[i] for i in parts[n]] for n in rng.permutation(len(parts))]
 
 
 def batches(pairs, c, world=1):
-    """Endless (epoch, batch); batch n follows from the seed alone, whatever the arm, and wherever a run resumes."""
+    """Endless (epoch, samples); number n follows from the seed alone, for every arm and every resumption."""
     for epoch in itertools.count():
         for batch in plan_epoch(pairs, c.batch_tokens, np.random.default_rng((c.seed, epoch)), max(2, world)):
             yield epoch, batch
 
 
+def in_views(x, y):
+    """A pair's (prompt, answer) tokens in each view."""
+    pairs = ((view_grid(x, v), view_grid(y, v)) for v in range(N_DIHEDRAL))
+    return [(np.array(encode_prompt(x), np.uint8), np.array(encode_grid(y, END), np.uint8)) for x, y in pairs]
+
+
 def free_colours(task, permute=True):
     """(10,) bool: colours 1..9 but for those that only outputs show, since 'mark with red' must stay red."""
-    shown = {c for x in [x for x, _ in task.train] + task.test for c in np.unique(x)}
-    added = {c for _, y in task.train for c in np.unique(y)} - shown
+    shown = {c for x in [x for x, _ in task.train] + task.test for c in x.flat}
+    added = {c for _, y in task.train for c in y.flat} - shown
     return np.array([permute and c > 0 and c not in added for c in range(10)])
 
 
 def load_data(c, device):
-    """(names of the tasks with pairs to train on, these pairs, held-out pairs or None); no output that is asked for."""
+    """(names of the tasks to train on, their pairs, held-out batches); reads no output that is asked for."""
     training, asked = read_tasks(c.data, "training"), read_tasks(c.data, c.split)
-    if not asked:
-        raise DataError(f"{c.data}: no {c.split} tasks; expected arc-agi_{c.split}_challenges.json, {c.split}/*.json "
-                        "or, for a folder without splits, *.json")
-    if both := training.keys() & asked.keys():
-        raise DataError(f"{c.data}: task {min(both)} is in both splits")
-    tasks, solutions = training | asked, read_solutions(c.data, "training", training)
-    if training and solutions is None:
-        raise DataError(f"{c.data}: the training split has no solutions; expected arc-agi_training_solutions.json")
-    more = {split: read_tasks(c.extra, split) for split in SPLITS} if c.extra else {}
-    if c.extra and not any(more.values()):
-        raise DataError(f"{c.extra}: no tasks; expected a folder as --data takes it")
-    for split, new in more.items():
-        kept = without_leaks(new, asked, tasks)
-        tasks |= kept
-        if new:
-            print(f"{c.extra}: {len(kept)} of {len(new)} {split} tasks are new, {len(new) - len(kept)} dropped")
-    demos = {name: [pair for pair in task.train if pair_tokens(*pair) <= c.max_tokens] for name, task in tasks.items()}
-    names = [name for name, pairs in demos.items() if pairs]
-    if not names:
-        raise DataError(f"{c.data}: no pair of at most {c.max_tokens} tokens; raise --max-tokens")
-    own = without_leaks(training, asked, {})                # one task of ARC-1 is in both: its test stays unseen
-    tests = [(n, x, y) for n, name in enumerate(names) if name in own
-             for x, y in zip(own[name].test, solutions[name]) if pair_tokens(x, y) <= c.max_tokens]
-    pairs = [(n, x, y) for n, name in enumerate(names) for x, y in demos[name]]
-    free = np.stack([free_colours(tasks[name], c.permute_colours) for name in names])
-    if c.heldout and tests:
-        return names, Pairs(pairs, free, device), Pairs(tests, free, device)
-    return names, Pairs(pairs + tests, free, device), None
+    extra = {name: task for s in SPLITS for name, task in read_tasks(c.extra, s).items()} if c.extra else {}
+    solutions, both = read_solutions(c.data, "training", training), training.keys() & asked.keys()
+    require(asked, f"{c.data}: no {c.split} tasks: no arc-agi_{c.split}_challenges.json, no {c.split}/*.json")
+    require(not both, f"{c.data}: task {', '.join(both)} is in both splits")
+    require(solutions or not training, f"{c.data}: the training split has no solutions, in a file or inline")
+    require(extra or not c.extra, f"{c.extra}: no tasks; expected a folder as --data takes it")
+    new = without_leaks(extra, asked, training)
+    own = without_leaks(training, asked)                # a task of ARC-1 is in both: its test stays unseen
+    if extra:
+        print(f"{c.extra}: {len(new)} of {len(extra)} tasks are new, {len(extra) - len(new)} dropped")
+
+    def short(pairs):
+        return [(x, y) for x, y in pairs if pair_tokens(x, y) <= c.max_tokens]
+    tasks = training | asked | new
+    demos = {name: pairs for name, task in tasks.items() if (pairs := short(task.train))}
+    require(demos, f"{c.data}: no pair of at most {c.max_tokens} tokens; raise --max-tokens")
+    tests = {name: short(zip(task.test, solutions[name])) for name, task in own.items()}
+    free = [free_colours(tasks[name], c.permute_colours) for name in demos]
+    pairs, held = ([Pair(n, free[n], in_views(*pair)) for n, name in enumerate(demos)
+                    for pair in part.get(name, [])] for part in (demos, tests))
+    if not c.heldout or not held:
+        return list(demos), pairs + held, []
+    held = [pair._replace(free=np.zeros(10, bool)) for pair in held]    # in the first view and true colours
+    plan = plan_epoch(held, c.batch_tokens, np.random.default_rng(0), views=1)
+    return list(demos), pairs, [collate(samples, device) for samples in plan]
 
 
-# ---------------------------------------------------------------------------------------------- answers and scores
+# ------------------------------------------------------------------------------------------ answers
+def gather(value, world):
+    """[`value` of each process], the same list in all of them."""
+    values = [value] * world
+    if world > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
 def answer(model, prompts, c, rank=0, world=1):
-    """prompts [(task, input grid, free colours)] -> for each the grids of 8 views x c.colour_votes colour tables.
+    """prompts [(task, grid, free colours)] -> for each the grids of 8 views x c.colour_votes colour tables.
 
-    Each grid is turned and coloured back; invalid outputs are left out. The first table of a task changes nothing.
+    Each grid is turned and coloured back; invalid outputs are left out. A task's first table changes nothing.
     The processes share the jobs, longest prompts first, and all get every answer.
     """
-    rng, jobs = np.random.default_rng(c.seed), []                       # (prompt, task, view, colour table, tokens)
-    for n, (task, grid, free) in enumerate(prompts):
+    rng, jobs, grids, found = np.random.default_rng(c.seed), [], {}, [[] for _ in prompts]
+    for task, grid, free in prompts:
         tables = colour_permutations(np.repeat(free[None], c.colour_votes, 0), rng)
         tables[0] = np.arange(N_VOCAB)
-        jobs += [(n, task, v, table, table[encode_prompt(view_grid(grid, v))])
-                 for table in tables for v in range(N_DIHEDRAL)]
-    grids, order = {}, sorted(range(len(jobs)), key=lambda j: -len(jobs[j][-1]))[rank::world]
+        x = [np.array(encode_prompt(view_grid(grid, v)), np.uint8) for v in range(N_DIHEDRAL)]
+        jobs += [Sample(task, v, table, x[v], x[v][:0]) for table in tables for v in range(N_DIHEDRAL)]
+    lengths = np.array([len(job.prompt) for job in jobs], dtype=int)
+    order = np.argsort(lengths, kind="stable")[rank::world]
+    cuts = cut(np.minimum(lengths[order] + MAX_OUTPUT, c.max_tokens), c.decode_tokens)  # columns of the cache
     with tqdm(total=len(order), desc="decode", unit="grid", dynamic_ncols=True, disable=rank > 0) as bar:
-        while order:
-            rows = max(1, c.decode_tokens // min(len(jobs[order[0]][-1]) + MAX_OUTPUT, c.max_tokens))
-            part, order = order[:rows], order[rows:]
+        for part in filter(len, reversed(np.split(order, cuts))):
             for j, tokens in zip(part, decode([jobs[j] for j in part], model, c)):
-                _, _, view, table, _ = jobs[j]
-                grid = decode_grid(np.argsort(table)[tokens])
-                grids[j] = grid if grid is None else unview_grid(grid, view)
+                if rows := decode_grid(np.argsort(jobs[j].colours)[tokens]):
+                    grids[j] = unview_grid(np.array(rows), jobs[j].view)
             bar.update(len(part))
-    if world > 1:
-        shares = [None] * world
-        dist.all_gather_object(shares, grids)
-        grids = {j: grid for share in shares for j, grid in share.items()}
-    found = [[] for _ in prompts]
-    for j, (n, *_) in enumerate(jobs):                                  # in the order of the jobs, for ties
-        found[n] += [] if grids[j] is None else [grids[j]]
+    grids = {j: grid for share in gather(grids, world) for j, grid in share.items()}
+    for j in sorted(grids):                                             # in the order of the jobs, for ties
+        found[j // (N_DIHEDRAL * c.colour_votes)].append(grids[j])
     return found
 
 
-def decode(jobs, model, c):
-    """Greedy outputs of one batch of jobs, longest prompt first: (B, N) tokens, closed by <end>.
+def decode(samples, model, c):
+    """Greedy outputs for the prompts of a batch: (B, N) tokens, closed by <end>.
 
     The bound on N comes from the format and the flags, never from the answer.
     """
-    device = model.head.weight.device
-    lengths = np.array([len(prompt) for *_, prompt in jobs])
-    tokens = np.array([np.pad(prompt, (0, lengths[0] - len(prompt))) for *_, prompt in jobs], dtype=np.int64)
-    task, view = np.array([[task, view] for _, task, view, _, _ in jobs]).T
-    tokens, lengths, task, view = (to_device(array, device) for array in (tokens, lengths, task, view))
-    most = min(MAX_OUTPUT, c.max_tokens - int(lengths[-1]))
-    with autocast(c), torch.compiler.set_stance("force_eager"):
-        return model.generate(tokens, lengths, task, view, most).cpu().numpy()
+    tokens, task, view, _ = collate(samples, model.head.weight.device)
+    lengths = [len(sample.prompt) for sample in samples]
+    most = min(MAX_OUTPUT, c.max_tokens - min(lengths))
+    with torch.compiler.set_stance("force_eager"):
+        return model.generate(tokens, torch.tensor(lengths).to(tokens.device), task, view, most).cpu().numpy()
 
 
 def vote(grids):
-    """The two most frequent grids as a submission has them; ties go to the one that came first, [[0]] fills up."""
-    counts = Counter(tuple(map(tuple, grid.tolist())) for grid in grids)
-    best = [[list(row) for row in grid] for grid, _ in counts.most_common(2)]
+    """The two most frequent grids, as in a submission; ties go to the one that came first, [[0]] fills up."""
+    counts = Counter(json.dumps(grid.tolist()) for grid in grids)
+    best = [json.loads(text) for text, _ in counts.most_common(2)]
     return dict(zip(ATTEMPTS, best + [[[0]], [[0]]]))
 
 
 def score(submission, solutions):
-    """((pass@1, pass@2), tasks solved whole) by the ARC Prize's rule: mean over a task's outputs, then over tasks."""
+    """((pass@1, pass@2), tasks solved whole): the ARC Prize's mean over a task's outputs, then over tasks."""
     marks = np.zeros((len(solutions), 2))
     for mark, (name, outputs) in zip(marks, solutions.items()):
         for output, given in zip(outputs, submission.get(name, [])):
-            hits = [given.get(key) == output.tolist() for key in ATTEMPTS]
+            hits = [given[key] == output.tolist() for key in ATTEMPTS]
             mark += np.array([hits[0], any(hits)]) / len(outputs)
     return marks.mean(0), int((marks[:, 1] > 1 - 1e-9).sum())
 
 
 def draw(titled, colour, width):
-    """[(title, grid)] as text, side by side if `width` allows: cells coloured, each with its digit, or digits alone."""
-    def cell(v):                            # paper and ink are both set: it reads on dark and on light terminals
-        return f"\033[48;5;{PALETTE[v]};38;5;{15 if v in (0, 1, 2, 9) else 16}m{v} \033[0m" if colour else f"{v} "
+    """[(title, grid)] as text, side by side if `width` allows: digits, on cells in colour if `colour`."""
+    palette = 16, 27, 160, 34, 220, 245, 201, 208, 117, 88      # the colours of ARC among a terminal's 256
+
+    def cell(v):                        # paper and ink are both set: it reads on dark and on light terminals
+        ink = 15 if v in (0, 1, 2, 9) else 16
+        return f"\033[48;5;{palette[v]};38;5;{ink}m{v} \033[0m" if colour else f"{v} "
     sizes = [max(len(title), 2 * len(grid[0])) + 2 for title, grid in titled]
     if sum(sizes) > width and len(titled) > 1:
         return "\n".join(draw([one], colour, width) for one in titled)
     lines = ["".join(title.ljust(size) for (title, _), size in zip(titled, sizes))]
-    for r in range(max(len(grid) for _, grid in titled)):
-        row = [grid[r] if r < len(grid) else [] for _, grid in titled]
-        lines.append("".join("".join(map(cell, cells)) + " " * (size - 2 * len(cells))
-                             for cells, size in zip(row, sizes)))
+    for rows in itertools.zip_longest(*(grid for _, grid in titled), fillvalue=()):
+        lines.append("".join("".join(map(cell, row)) + " " * (size - 2 * len(row))
+                             for row, size in zip(rows, sizes)))
     return "\n".join(line.rstrip() for line in lines) + "\n"
 
 
 def solve(c, model, names, rank=0, world=1):
-    """Answers the test inputs of c.split, writes submission.json, and, where there are solutions, scores it."""
+    """Answers the test inputs of c.split, writes submission.json, and scores it where there are solutions."""
     model.eval()
     tasks, index = read_tasks(c.data, c.split), {name: n for n, name in enumerate(names)}
-    asked = {(name, i): grid for name, task in tasks.items() for i, grid in enumerate(task.test)}
-    tried = [key for key, x in asked.items() if key[0] in index and pair_tokens(x, x[:1, :1]) <= c.max_tokens]
-    prompts = [(index[key[0]], asked[key], free_colours(tasks[key[0]], c.permute_colours)) for key in tried]
-    votes = dict(zip(tried, answer(model, prompts, c, rank, world)))
+    prompts = {(name, i): (index[name], x, free_colours(task, c.permute_colours))
+               for name, task in tasks.items() if name in index
+               for i, x in enumerate(task.test) if pair_tokens(x, x[:1, :1]) <= c.max_tokens}
+    grids = dict(zip(prompts, answer(model, list(prompts.values()), c, rank, world)))
     if rank > 0:
         return {}
     file = Path(c.out) / "submission.json"
-    submission = {name: [vote(votes.get((name, i), [])) for i in range(len(task.test))] for name, task in tasks.items()}
+    submission = {name: [vote(grids.get((name, i), [])) for i in range(len(task.test))]
+                  for name, task in tasks.items()}
     save_json(file, submission)
     submission = read_submission(file, tasks)
-    solutions = read_solutions(c.data, c.split, tasks)          # the only place that reads them, after the last answer
-
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    for name, i in tried[:c.show]:
+    solutions = read_solutions(c.data, c.split, tasks)          # read here alone, after the last answer
+    for name, i in list(prompts)[:c.show]:
         target = solutions and solutions[name][i].tolist()
-        grids = [("input", asked[name, i].tolist())] + [("target", target)] * bool(target)
+        titled = [("input", tasks[name].test[i])] + [("target", target)] * bool(target)
         for key, grid in submission[name][i].items():
-            grids.append((key.replace("_", " ") + (" right" if grid == target else " wrong") * bool(target), grid))
-        print(f"{name} test {i}\n{draw(grids, colour, shutil.get_terminal_size().columns)}")
-    print(f"{c.split}: {len(tried)} of {len(asked)} test inputs were short enough and of a trained task; see {file}")
-    if solutions is None:
-        print(f"{c.data}: no solutions of the {c.split} split; the submission is written, and cannot be scored here")
+            verdict = (" right" if grid == target else " wrong") if target else ""
+            titled.append((key.replace("_", " ") + verdict, grid))
+        colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        print(f"{name} test {i}\n{draw(titled, colour, shutil.get_terminal_size().columns)}")
+    asked = sum(len(task.test) for task in tasks.values())
+    tried = f"{len(prompts)} of {asked} test inputs were short enough and of a trained task; see {file}"
+    if not solutions:
+        print(f"{c.split}: no solutions in {c.data}, so the submission cannot be scored here; {tried}")
         return {}
     (pass1, pass2), solved = score(submission, solutions)
-    print(f"pass@1 {pass1:.2%}, pass@2 {pass2:.2%} (mean over a task's test outputs, then over the {len(tasks)} "
-          f"tasks), {solved} tasks solved whole")
-    return {"pass@1": pass1, "pass@2": pass2, "solved": solved, "tasks": len(tasks), "tried": len(tried)}
+    print(f"{c.split}: pass@1 {pass1:.2%}, pass@2 {pass2:.2%} (mean over a task's test outputs, then over "
+          f"the {len(tasks)} tasks), {solved} tasks solved whole; {tried}")
+    return {"pass@1": pass1, "pass@2": pass2, "solved": solved, "tasks": len(tasks), "tried": len(prompts)}
 
 
-# ---------------------------------------------------------------------------------------------- training
-def autocast(c):
-    return torch.autocast(c.device, torch.bfloat16, enabled=c.dtype == "bfloat16")
-
-
-def rate(used, warmup, decay):
-    """Learning-rate factor when the fraction `used` of the budget is gone: linear up, constant, linear down to 0."""
-    return min(1.0, used / warmup if warmup else 1.0, max(0.0, 1 - used) / decay if decay else 1.0)
-
-
-# ---------------------------------------------------------------------------------------------- flags
-def dashed(name):
-    return name.replace("_", "-")
+# ------------------------------------------------------------------------------------------ flags
+DENSE_LR = 0.2          # the dense control's best learning rate over the SPL's: see results/README.md
+COMPILER = sys.platform == "linux" and shutil.which("g++") is not None
 
 
 def flag(default, text, least=0, most=1e9):
@@ -486,7 +425,7 @@ def flag(default, text, least=0, most=1e9):
 
 @dataclass
 class Run:
-    """Every field is a flag. A default of None is filled in by device, from DEFAULTS."""
+    """Every field is a flag. Of two defaults the first is for a CPU, the second for CUDA."""
     ffn: bool = flag(True, "the MoIE feed-forward network in each block")
     dense: bool = flag(False, "the dense control: nn.Linear attention and a 4x GELU FFN")
     data: str = flag("data/arc-agi-1", "folder of the task set, in the Kaggle or the GitHub layout")
@@ -494,111 +433,93 @@ class Run:
     extra: str = flag("", "folder of more tasks to train on; those of the split to answer are dropped")
     out: str = flag("", "folder of this run; empty: runs/ARM-seedN-TIME")
     show: int = flag(0, "tasks to draw with their answers at the end")
-    heldout: bool = flag(True, "hold out the training split's test pairs, for tuning; without, train on them too")
+    heldout: bool = flag(True, "hold out the training split's test pairs, for tuning, or train on them too")
     score: bool = flag(True, "answer and score the split at the end")
     device: str = flag("auto", "cpu, cuda, or auto: cuda where there is one")
     sars: bool = flag(False, "train W_p and W_g by the routing loss of SARS in place of the task loss")
     seed: int = flag(0, "seed of weights, order, views and colours")
     seeds: int = flag(3, "seeds of each arm under --ab: 0, 1, ...", 1)
-    minutes: float = flag(None, "training budget in minutes; scoring comes on top", 0.01)
+    minutes: float = flag((10.0, 20.0), "training budget in minutes; scoring comes on top", 0.01)
     steps: int = flag(0, "training budget in steps, in place of minutes")
-    d_model: int = flag(None, "width D", 2)
-    n_head: int = flag(None, "heads H", 1)
-    n_layer: int = flag(None, "layers L", 1)
+    d_model: int = flag((128, 768), "width D", 2)
+    n_head: int = flag((2, 12), "heads H", 1)
+    n_layer: int = flag((4, 10), "layers L", 1)
     ffn_factor: int = flag(1, "hidden width of MoIE over D", 1)
-    dropout: float = flag(None, "dropout on each branch", 0, 0.99)
-    max_tokens: int = flag(None, "longest sequence; what is longer is not trained on, and counts as wrong", 1)
-    batch_tokens: int = flag(None, "tokens per batch over all processes, padding included", 1)
-    lr: float = flag(None, "peak learning rate", 1e-7)
+    dropout: float = flag((0.0, 0.1), "dropout on each branch", 0, 0.99)
+    max_tokens: int = flag((150, 1863), "longest sequence; a longer one is not trained on, and is wrong", 1)
+    batch_tokens: int = flag((768, 2**15), "tokens per batch over all processes, padding included", 1)
+    lr: float = flag((5e-3, 4e-3), f"peak learning rate; times {DENSE_LR} by default under --dense", 1e-7)
     weight_decay: float = flag(0.1, "decay of the blocks' matrices")
     warmup: float = flag(0.02, "share of the budget in which the learning rate rises", 0, 1)
     decay: float = flag(0.5, "share of the budget in which it falls to 0", 0, 1)
     clip: float = flag(1.0, "largest gradient norm", 1e-6)
     permute_colours: bool = flag(True, "permute a task's input colours in training")
-    colour_votes: int = flag(None, "colour tables under which each of the 8 views votes", 1)
-    decode_tokens: int = flag(None, "size of a decoding batch: rows times columns of the cache", 1)
-    dtype: str = flag(None, "float32, or bfloat16 by autocast")
-    compile: bool = flag(None, "torch.compile the blocks")
+    colour_votes: int = flag(4, "colour tables under which each of the 8 views votes", 1)
+    decode_tokens: int = flag((2**15, 2**20), "size of a decoding batch: rows times columns of the cache", 1)
+    dtype: str = flag(("float32", "bfloat16"), "float32, or bfloat16 by autocast")
+    compile: bool = flag((COMPILER, True), "torch.compile the blocks")
     log_every: int = flag(50, "steps between lines of the log", 1)
     save_minutes: float = flag(5.0, "minutes between checkpoints")
+
+    def __post_init__(self):
+        """Fills in what depends on the device, and refuses what cannot run."""
+        devices, world = ["cpu"] + ["cuda"] * torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", 1))
+        if self.device == "auto":
+            self.device = devices[-1]
+        if self.dense and isinstance(self.lr, tuple):
+            self.lr = tuple(DENSE_LR * lr for lr in self.lr)
+
+        def expected(name, ok, what):
+            require(ok, f"--{name.replace('_', '-')} {getattr(self, name)}: expected {what}")
+        for f in fields(self):
+            if isinstance(getattr(self, f.name), tuple):
+                setattr(self, f.name, getattr(self, f.name)[self.device == "cuda"])
+            value, least, most = getattr(self, f.name), f.metadata["least"], f.metadata["most"]
+            expected(f.name, f.type not in (int, float) or least <= value <= most, f"{least:g} to {most:g}")
+        expected("device", self.device in devices, " or ".join(devices))
+        expected("dtype", self.dtype in ("float32", "bfloat16"), "float32 or bfloat16")
+        expected("split", self.split in SPLITS[1:], "evaluation or test")
+        expected("d_model", self.d_model % (2 * self.n_head) == 0, f"a multiple of 2 --n-head {self.n_head}")
+        expected("batch_tokens", self.batch_tokens >= world * self.max_tokens,
+                 f"at least --max-tokens {self.max_tokens} for each of {world} processes")
+        require(self.ffn or not self.dense, "--dense --no-ffn: the control has an FFN of its own; name one")
+        require(not self.sars or not self.dense and world == 1,
+                "--sars: needs SPLs and one process; leave out --dense and torchrun")
 
     @property
     def arm(self):
         return "dense" if self.dense else "ffn" if self.ffn else "no-ffn"
 
 
-DEFAULTS = {
-    "cpu": dict(minutes=10.0, d_model=128, n_head=2, n_layer=4, dropout=0.0, max_tokens=150, batch_tokens=768,
-                lr=5e-3, colour_votes=4, decode_tokens=2**15, dtype="float32",
-                compile=sys.platform == "linux" and shutil.which("g++") is not None),
-    "cuda": dict(minutes=20.0, d_model=768, n_head=12, n_layer=10, dropout=0.1, max_tokens=1863, batch_tokens=2**15,
-                 lr=4e-3, colour_votes=4, decode_tokens=2**20, dtype="bfloat16", compile=True),
-}
-DENSE_LR = 0.2          # the dense control's best learning rate over the SPL's: see the search in results/README.md
-
-
-def parse(argv=None):
-    """(mode, Run, checkpoint or None, the flags as given); mode is train, resume, eval or ab."""
-    def fail(message):
-        raise DataError(message)
-
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS)
-    parser.error = fail
+def parse(argv):
+    """(mode, Run, checkpoint or None); mode is train, resume, eval or ab."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
+                                     argument_default=argparse.SUPPRESS)
+    parser.error = lambda fault: require(False, fault)
     modes = parser.add_mutually_exclusive_group()
-    modes.add_argument("--resume", metavar="DIR", help="go on with the stopped run in DIR, under its own flags")
-    modes.add_argument("--eval", metavar="FILE", help="answer and score with this checkpoint; flags override its own")
-    modes.add_argument("--ab", action="store_true", help="train every arm with every seed into --out, print a table")
+    modes.add_argument("--resume", metavar="DIR", help="go on with the stopped run in DIR, under its flags")
+    modes.add_argument("--eval", metavar="FILE", help="score this checkpoint; other flags override its own")
+    modes.add_argument("--ab", action="store_true", help="train every arm with every seed, print a table")
     for f in fields(Run):
-        default = f.default
-        if default is None:
-            default = ", ".join(f"{device} {values[f.name]}" for device, values in DEFAULTS.items())
+        default = "{} on a CPU, {} on CUDA".format(*f.default) if isinstance(f.default, tuple) else f.default
         kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
-        parser.add_argument("--" + dashed(f.name), help=f"{f.metadata['help']} (default: {default})", **kind)
+        text = f"{f.metadata['help']} (default: {default})"
+        parser.add_argument("--" + f.name.replace("_", "-"), help=text, **kind)
     given = vars(parser.parse_args(argv))
     mode = next((mode for mode in ("resume", "eval", "ab") if mode in given), "train")
     path, state = given.pop(mode, None), None
-    if mode == "ab" and (clash := given.keys() & {"ffn", "dense", "sars", "heldout", "seed"}):
-        raise DataError(f"--ab --{min(clash)}: the comparison sets this itself; leave it out")
-    if mode == "resume" and given:
-        raise DataError("--resume takes no other flag: the run goes on under its own")
-    if given.get("device") == "auto" or "device" not in given and mode in ("train", "ab"):
-        given["device"] = "cuda" if torch.cuda.is_available() else "cpu"
-    if mode in ("train", "ab"):
-        base = DEFAULTS.get(given["device"], DEFAULTS["cpu"]) | {"out": "runs/ab" if mode == "ab" else ""}
-        base["lr"] *= DENSE_LR if given.get("dense") else 1
-    else:
-        state = load_checkpoint(Path(path) / "checkpoint.pt" if mode == "resume" else Path(path))
-        base = state["config"] | {"out": path if mode == "resume" else ""}
-    c = Run(**base | given)
-    check(c)
+    clash = given.keys() & {"ffn", "dense", "sars", "heldout", "seed"} if mode == "ab" else ()
+    require(not clash, f"--ab --{' --'.join(clash)}: the comparison sets this itself; leave it out")
+    require(mode != "resume" or not given, "--resume takes no other flag: the run goes on under its own")
+    if mode in ("resume", "eval"):
+        state = load_checkpoint(Path(path, "checkpoint.pt" if mode == "resume" else ""))
+    out = {"resume": path, "ab": "runs/ab"}.get(mode, "")
+    c = Run(**(state["config"] if state else {}) | {"out": out} | given)
     c.out = c.out or time.strftime(f"runs/{'eval' if mode == 'eval' else c.arm}-seed{c.seed}-%Y%m%d-%H%M%S")
-    first = int(os.environ.get("RANK", 0)) == 0         # by the time that others look it may hold this very run
-    if first and mode in ("train", "eval") and Path(c.out).is_dir() and any(Path(c.out).iterdir()):
-        raise DataError(f"--out {c.out}: is not empty; name another folder, or go on with a run in it: --resume {c.out}")
-    return mode, c, state, given
+    return mode, c, state
 
 
-def check(c):
-    for f in fields(c):
-        value, least, most = getattr(c, f.name), f.metadata["least"], f.metadata["most"]
-        if f.type in (int, float) and not least <= value <= most:
-            raise DataError(f"--{dashed(f.name)} {value}: expected {least:g} to {most:g}")
-    devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    for wrong, fault in (
-            (c.dense and not c.ffn, "--dense --no-ffn: the dense control has its own FFN; name one of the two"),
-            (c.device not in devices, f"--device {c.device}: not available here; expected {' or '.join(devices)}"),
-            (c.d_model % (2 * c.n_head), f"--d-model {c.d_model}: expected a multiple of twice --n-head {c.n_head}"),
-            (c.dtype not in ("float32", "bfloat16"), f"--dtype {c.dtype}: expected float32 or bfloat16"),
-            (c.sars and (c.dense or world > 1), "--sars: needs SPLs and one process; leave out --dense and torchrun"),
-            (c.split not in ("evaluation", "test"), f"--split {c.split}: expected evaluation or test"),
-            (c.batch_tokens < world * c.max_tokens, f"--batch-tokens {c.batch_tokens}: expected at least --max-tokens "
-                                                    f"{c.max_tokens} for each of {world} processes")):
-        if wrong:
-            raise DataError(fault)
-
-
-# ---------------------------------------------------------------------------------------------- runs
+# ------------------------------------------------------------------------------------------ files of a run
 def save(path, write):
     """Atomic: `write(file)` to a temporary file, flushed to the disk, then renamed."""
     temporary = path.with_suffix(".tmp")
@@ -620,221 +541,169 @@ def save_json(path, value):
 def append(path, row):
     """`row` as the next line of a CSV file, under a header if it is the first."""
     with blame(f"{path}: cannot be written"), open(path, "a") as file:
-        header = "" if file.tell() else ",".join(row) + "\n"
-        file.write(header + ",".join(f"{value:.9g}" for value in row.values()) + "\n")
+        header = "" if file.tell() else ",".join(row)
+        np.savetxt(file, [list(row.values())], "%.9g", delimiter=",", header=header, comments="")
 
 
 def load_checkpoint(path):
     with blame(f"{path}: not a checkpoint of this program"):
         state = torch.load(path, map_location="cpu", weights_only=True)
-        check(Run(**state["config"] | {"device": "cpu"}))
-        return {key: state[key] for key in ("config", "names", "step", "seconds", "log", "model", "optimizer")}
+        Run(**state["config"] | {"device": "cpu"})                      # refuses what is no configuration
+        return {key: state[key] for key in "config names step seconds log model optimizer".split()}
 
 
-def join(device):
-    """(device, rank, world) of this process: torchrun starts several and sets the variables."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        torch.cuda.set_device(device)
-    if world > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl")       # the clock is on the CPU, gradients are on the GPU
-    return torch.device(device), rank, world
-
-
-# ---------------------------------------------------------------------------------------------- compare, train
-def compare(c, given):
-    """--ab: every arm with every seed, one run after the other, each its own process and folder; then their table.
+# ------------------------------------------------------------------------------------------ comparison
+def compare(c, argv):
+    """--ab: every arm with every seed, run after run, each its own process and folder; then their table.
 
     Finished runs are kept and stopped ones go on: the same command continues, and runs made by hand count.
     """
-    arms = {"no-ffn": {"ffn": False}, "ffn": {"ffn": True}, "dense": {"dense": True},
-            "no-ffn-deep": {"ffn": False, "n_layer": round(c.n_layer * (1 + c.ffn_factor / 2))}}
-    given = {"steps": c.steps, "minutes": c.minutes, "n_layer": c.n_layer} | given
-    signal.signal(signal.SIGINT, lambda *_: None)                           # Ctrl-C is for the run in hand
-    runs = {}
+    deep = round(c.n_layer * (1 + c.ffn_factor / 2))                    # as many weights as with the FFN
+    arms = {"no-ffn": ["--no-ffn"], "ffn": ["--ffn"], "dense": ["--dense"],
+            "no-ffn-deep": ["--no-ffn", f"--n-layer={deep}"]}
+    signal.signal(signal.SIGINT, lambda *_: None)                       # Ctrl-C is for the run in hand
+    runs = {arm: [] for arm in arms}
     for seed, arm in itertools.product(range(c.seeds), arms):
         folder = Path(c.out) / f"{arm}-seed{seed}"
-        flags = given | arms[arm] | {"seed": seed, "out": str(folder)}
+        words = [word for word in argv if word != "--ab"] + [*arms[arm], f"--seed={seed}", f"--out={folder}"]
         if (folder / "config.json").exists():
-            config = read_object(folder / "config.json")
-            if other := [name for name in flags.keys() - {"out", "seeds"} if config.get(name) != flags[name]]:
-                raise DataError(f"{folder}: a run with another --{dashed(other[0])}; name another --out")
+            found, ours = read_object(folder / "config.json"), asdict(parse(words)[1])
+            other = [name for name in ours.keys() - {"out", "seeds"} if found.get(name) != ours[name]]
+            require(not other, f"{folder}: a run with another --{', '.join(other)}; name another --out")
         if not (folder / "result.json").exists():
-            words = [f"--{'no-' * (value is False)}{dashed(name)}{'' if isinstance(value, bool) else f'={value}'}"
-                     for name, value in flags.items()]
             words = [f"--resume={folder}"] if (folder / "checkpoint.pt").exists() else words
             status = subprocess.run([sys.executable, __file__, *words]).returncode
             if status or not (folder / "result.json").exists():
                 sys.exit(status or 130)
         curve = np.genfromtxt(folder / "log.csv", delimiter=",", names=True)
-        runs[arm, seed] = read_object(folder / "result.json"), curve[np.isfinite(curve["heldout_loss"])]
+        runs[arm].append((read_object(folder / "result.json"), curve[np.isfinite(curve["heldout_loss"])]))
+        require(len(runs[arm][-1][1]), f"{folder}: --ab compares held-out losses, and this run has none")
+    text = table(runs)
+    save(Path(c.out) / "table.md", lambda file: file.write(text.encode()))
+    print(text, end="")
 
-    if not all(len(curve) for _, curve in runs.values()):
-        raise DataError(f"{c.out}: --ab compares held-out losses, and a run there has none")
-    steps, seconds = (min(curve[axis][-1] for _, curve in runs.values()) for axis in ("step", "seconds"))
-    target = max(curve["heldout_loss"][-1] for _, curve in runs.values())   # the loss that every run reaches
-    table = {}
-    for key, (result, curve) in runs.items():
-        loss = curve["heldout_loss"]
-        reached = curve[np.argmax(loss <= target)]
-        table[key] = {
+
+def table(runs):
+    """{arm: [(result, log lines with a held-out loss) by seed]} -> Markdown, mean ± standard deviation."""
+    curves = [curve for found in runs.values() for _, curve in found]
+    steps, seconds = (min(curve[axis][-1] for curve in curves) for axis in ("step", "seconds"))
+    target = max(curve["heldout_loss"][-1] for curve in curves)         # the loss that every run reaches
+
+    def measure(result, curve):
+        loss, reached = curve["heldout_loss"], curve[np.argmax(curve["heldout_loss"] <= target)]
+        return {
             "parameters": result["parameters"], "FLOPs/token": result["flops_per_token"],
-            "steps/s": result["steps"] / result["seconds"], "held-out loss at the end": result["heldout_loss"],
+            "steps/s": result["steps"] / result["seconds"], "held-out loss at end": result["heldout_loss"],
             f"at step {steps:g}": np.interp(steps, curve["step"], loss),
             f"at {seconds:.0f} s": np.interp(seconds, curve["seconds"], loss),
             f"steps to {target:.3f}": reached["step"], f"seconds to {target:.3f}": reached["seconds"],
             **{name: result.get(name, math.nan) for name in ("pass@1", "pass@2", "solved")},
             "active": result["heldout_active"], "failed": result["heldout_failed"], "PI": curve["pi"][-1]}
-    head = list(table["no-ffn", 0])
-    lines = [" | ".join([f"| arm (n = {c.seeds})", *head, ""]), "|---" * (1 + len(head)) + "|"]
-    for arm in arms:
-        cells = [f"{np.mean(x):.4g}" + (f" ± {np.std(x, ddof=1):.2g}" if np.ptp(x) > 0 else "")
-                 for x in zip(*(table[arm, seed].values() for seed in range(c.seeds)))]
-        lines.append(" | ".join([f"| {arm}", *cells, ""]))
-    save(Path(c.out) / "table.md", lambda file: file.write("\n".join([*lines, ""]).encode()))
-    print("\n".join(lines))
+    rows = []
+    for arm, found in runs.items():
+        measured = [measure(*run) for run in found]
+        rows.append([arm] + [f"{np.mean(x):.4g}" + (f" ± {np.std(x, ddof=1):.2g}" if np.ptp(x) > 0 else "")
+                             for x in zip(*(run.values() for run in measured))])
+    head = [f"arm (n = {len(found)})", *measured[0]]
+    return "".join(f"| {' | '.join(row)} |\n" for row in [head, ["---"] * len(head), *rows])
 
 
-def main(argv=None):
-    mode, c, state, given = parse(argv)
-    if mode == "ab":
-        return compare(c, given)
-    device, rank, world = join(c.device)
-    if rank > 0:
-        sys.stdout = None                               # print is silent then: one process speaks
-    torch.manual_seed(c.seed)
-    torch.set_float32_matmul_precision("high")          # TF32 where bfloat16 does not reach
-    torch.backends.cuda.enable_cudnn_sdp(False)         # it plans anew for each shape, and there are thousands
-    out, step, seconds = Path(c.out), 0, 0.0
+# ------------------------------------------------------------------------------------------ training
+def rate(used, warmup, decay):
+    """Learning-rate factor when `used` of the budget is gone: linear up, constant, linear down to 0."""
+    return min(1.0, used / warmup if warmup else 1.0, max(0.0, 1 - used) / decay if decay else 1.0)
 
-    # ---- data and model
-    names, pairs, heldout = (state["names"], None, None) if mode == "eval" else load_data(c, device)
-    model = Transformer(Config(n_task=len(names), d_model=c.d_model, n_head=c.n_head, n_layer=c.n_layer, dense=c.dense,
-                               ffn_factor=c.ffn_factor if c.ffn else 0, dropout=c.dropout)).to(device)
-    optimizer = torch.optim.AdamW(model.parameter_groups(c.weight_decay), c.lr, betas=(0.9, 0.95), fused=True)
-    if state:
-        if state["names"] != names:
-            raise DataError(f"{c.data}, {c.extra or 'no --extra'}: other tasks than those of the checkpoint in {out}")
-        with blame("the checkpoint is of another shape"):
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-        step, seconds = state["step"], state["seconds"]
-    if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-    if mode == "eval":
-        result = solve(c, model, names, rank, world)
-        if rank == 0:
-            save_json(out / "result.json", result)
-        return
-    print(f"{c.arm} on {c.device}{f' x {world}' * (world > 1)}: D={c.d_model} H={c.n_head} L={c.n_layer}, "
-          f"{model.n_params() / 1e6:.2f} M parameters, {c.dtype}{', compiled' * c.compile}; {len(pairs.task)} pairs of "
-          f"at most {c.max_tokens} tokens, {f'{c.steps} steps' if c.steps else f'{c.minutes:g} minutes'}, "
-          f"{c.batch_tokens} tokens a step; into {out}  (any flag changes this: --help)")
 
-    def look(batches):
-        with autocast(c):
-            return evaluate(model, batches)
+def train(c, model, optimizer, pairs, heldout, state, rank, world):
+    """Trains from `state` until the budget is used -> what result.json says of it; None if a signal came."""
+    out, log, step, seconds = Path(c.out), Path(c.out, "log.csv"), state["step"], state["seconds"]
+    device = model.head.weight.device
 
     def check_finite():
         if not math.isfinite(norm):
-            raise DataError(f"step {step}: loss {loss:g}, gradient norm {norm:g}, learning rate {lr:.2g}; a lower --lr "
-                            f"may help; {out} keeps its last checkpoint")
+            raise DataError(f"step {step}: loss {loss:g}, gradient norm {norm:g}, learning rate {lr:.2g}; "
+                            f"a lower --lr may help; {out} keeps its last checkpoint")
 
     def checkpoint():
-        log = (out / "log.csv").stat().st_size if (out / "log.csv").exists() else 0     # its lines, in bytes
-        everything = {"config": asdict(c), "names": names, "step": step, "seconds": seconds, "log": log,
-                      "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        save(out / "checkpoint.pt", lambda file: torch.save(everything, file))
+        now = {"step": step, "seconds": seconds, "log": log.stat().st_size if log.exists() else 0,
+               "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        save(out / "checkpoint.pt", lambda file: torch.save(state | now, file))
 
     if rank == 0:
-        if (out / "log.csv").exists():
-            os.truncate(out / "log.csv", state["log"])                      # what came after is made again
-        elif not state:
-            checkpoint()
-        git = ["git", "describe", "--always", "--dirty"] if shutil.which("git") else ["true"]
-        git = subprocess.run(git, cwd=HERE, capture_output=True, text=True).stdout.strip()
+        if log.exists():
+            os.truncate(log, state["log"])                          # what came after is made again
+        checkpoint()
+        git = subprocess.run("git describe --always --dirty", shell=True, cwd=Path(__file__).parent,
+                             capture_output=True, text=True).stdout.strip()
         save_json(out / "config.json", asdict(c) | {"git": git})
-    routing = [p for spl in model.spls().values() for p in (spl.proto_weight, spl.gate_weight)] if c.sars else []
-    others = [p for p in model.parameters() if not any(p is q for q in routing)]
-    if c.compile:                                       # before the clock starts; the layers share one compiled block
-        for module in model.spls().values() if c.sars else model.blocks:        # SARS must see into the blocks
+    routing = [p for m in model.spls().values() for p in (m.proto_weight, m.gate_weight)] if c.sars else []
+    others = [p for p in model.parameters() if p not in set(routing)]
+    if c.compile:                               # before the clock starts; the layers share one compiled block
+        for module in model.spls().values() if c.sars else model.blocks:    # SARS must see into the blocks
             module.forward = torch.compile(module.forward, dynamic=True)
-        for _, batch in itertools.islice(batches(pairs, c), 64):                # CUDA's first epoch: no shape surprises
-            with autocast(c):
-                task_loss(model, *pairs.batch(*batch)).backward()
+        for _, batch in itertools.islice(batches(pairs, c), 64):            # no shape is a surprise then
+            task_loss(model, *collate(batch, device)).backward()
         model.zero_grad()
-    net = DistributedDataParallel(model) if world > 1 else model
+    net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
 
-    # ---- train
-    stop, shown, held, tokens, padded, norm = [], {}, 0.0, 0, 0, 0.0
+    stop, shown, held, tokens, padded, norm, route_loss = [], {}, 0.0, 0, 0, 0.0, torch.tensor(math.nan)
     handlers = {n: signal.signal(n, lambda *_: stop.append(1)) for n in (signal.SIGINT, signal.SIGTERM)}
-    clock = saved = time.perf_counter()
-    start = clock - seconds
+    start, last, saved = time.perf_counter() - seconds, seconds, seconds
     bar = tqdm(total=100, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}", dynamic_ncols=True,
                disable=rank > 0)
-    for epoch, (index, view, colours) in itertools.islice(batches(pairs, c, world), step, None):
+    for epoch, batch in itertools.islice(batches(pairs, c, world), step, None):
         seconds = time.perf_counter() - start
-        used = torch.tensor([step / c.steps if c.steps else seconds / (60 * c.minutes), len(stop)], dtype=torch.float64)
-        if world > 1:
-            dist.broadcast(used, 0)                                 # one clock and one Ctrl-C for all
-        used, stopped = used.tolist()
+        used = step / c.steps if c.steps else seconds / (60 * c.minutes)
+        used, stopped = gather((used, len(stop)), world)[0]         # one clock and one Ctrl-C for all
         if used >= 1 or stopped:
             break
         lr = c.lr * rate(used, c.warmup, c.decay)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        torch.manual_seed((c.seed << 32) + step * world + rank)     # dropout, too, follows from seed, step and rank
-
-        length = pairs.length[index, view]
+        torch.manual_seed((c.seed << 32) + step * world + rank)     # dropout follows from seed, step and rank
 
         # ---- the step
-        *inputs, targets = pairs.batch(index[rank::world], view[rank::world], colours[rank::world])
-        with autocast(c), model.watch() if c.sars else nullcontext() as seen:
-            loss = task_loss(net, *inputs, targets) * world / int((length - pairs.prompt[index, view]).sum())
-        loss.backward()                                             # several processes: DDP takes the mean gradient
-        if c.sars:                                  # W_p and W_g learn from the routing loss, and from nothing else
-            with autocast(c):
-                real = unpadded(targets)
-                route_loss = sum(routing_loss(*layer, real) for layer in seen.values()) / len(seen)
-            for p in routing:
-                p.grad = None
-            route_loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(others, c.clip)
-        if c.sars:
-            norm = torch.hypot(norm, torch.nn.utils.clip_grad_norm_(routing, c.clip))
+        *inputs, targets = collate(batch[rank::world], device)
+        with model.watch() if c.sars else nullcontext() as seen:
+            loss = task_loss(net, *inputs, targets) * world / sum(len(sample.answer) for sample in batch)
+        loss.backward()                                             # several processes: DDP takes the mean
+        if c.sars:                                  # W_p and W_g learn from the routing loss alone
+            with model.autocast():
+                route_loss = sum(routing_loss(*x, unpadded(targets)) for x in seen.values()) / len(seen)
+            for p, gradient in zip(routing, torch.autograd.grad(route_loss, routing)):
+                p.grad = gradient
+        norm = torch.hypot(*(nn.utils.clip_grad_norm_(part, c.clip) for part in (others, routing)))
         optimizer.step()
         optimizer.zero_grad()
         # ----
 
-        step, tokens, padded = step + 1, tokens + int((length - 1).sum()), padded + targets.numel() * world
+        step, padded = step + 1, padded + targets.numel() * world
+        tokens += sum(len(sample.prompt) + len(sample.answer) - 1 for sample in batch)
         if step % c.log_every and step != c.steps:
             continue
-        if world > 1:
-            dist.all_reduce(loss)
-        loss, norm, pause = loss.item() / world, norm.item(), time.perf_counter()
-        speed = tokens / (pause - clock)
+        loss, norm = sum(gather(loss.item(), world)) / world, norm.item()
+        seconds = time.perf_counter() - start
         check_finite()
         if rank == 0:
-            row = {"step": step, "epoch": epoch, "seconds": pause - start, "lr": lr, "loss": loss,
-                   "grad_norm": norm, "tokens_per_s": speed, "padding": 1 - tokens / padded}
-            now, later = look([(*inputs, targets)]), {}
+            now, later, speed = evaluate(model, [(*inputs, targets)]), {}, tokens / (seconds - last)
             if heldout and used >= held:
-                later, held = look(heldout.unaugmented(c.batch_tokens)), used + 0.04
+                later, held = evaluate(model, heldout), used + 0.04
                 shown["held-out"] = f"{later['loss']:.3f}"
-            row |= {"route_loss": route_loss.item() if c.sars else math.nan}
-            row |= {"pi": pi_score(now["loss"], now["entropy"], norm)} | {key: now[key] for key in MONITORS[1:]}
-            row |= {f"heldout_{key}": later.get(key, math.nan) for key in MONITORS}
-            append(out / "log.csv", row | {name: value for name, value in now.items() if " " in name})
+            append(log, {
+                "step": step, "epoch": epoch, "seconds": seconds, "lr": lr, "loss": loss, "grad_norm": norm,
+                "tokens_per_s": speed, "padding": 1 - tokens / padded, "route_loss": route_loss.item(),
+                "pi": pi_score(now["loss"], now["entropy"], norm), **{key: now[key] for key in MONITORS[1:]},
+                **{f"heldout_{key}": later.get(key, math.nan) for key in MONITORS},
+                **{name: value for name, value in now.items() if " " in name}})
             mfu = model.mfu(speed / world, targets.shape[1])
             shown |= {"loss": f"{loss:.3f}", "tok/s": f"{speed:.0f}"} | ({"MFU": f"{mfu:.0%}"} if mfu else {})
             bar.set_postfix(shown, refresh=False)
             bar.update(100 * used - bar.n)
-            if time.perf_counter() - saved > 60 * c.save_minutes:
+            if seconds - saved > 60 * c.save_minutes:
                 checkpoint()
-                saved = time.perf_counter()
-        tokens, padded, clock = 0, 0, time.perf_counter()
-        start += clock - pause                                      # looking is not training: the budget stands still
+                saved = seconds
+        tokens, padded, last = 0, 0, seconds
+        start = time.perf_counter() - seconds                   # looking is not training: no time has passed
     bar.update(0 if stopped else 100 - bar.n)
     bar.close()
     check_finite()
@@ -843,22 +712,66 @@ def main(argv=None):
     for number, handler in handlers.items():
         signal.signal(number, handler)
     if stopped:
-        print(f"stopped at step {step}; go on with: python train_arc.py --resume {out}")
-        return
-    result = {"arm": c.arm, "parameters": model.n_params(), "flops_per_token": model.flops_per_token(c.max_tokens),
-              "steps": step, "seconds": seconds}
+        return print(f"stopped at step {step}; go on with: python train_arc.py --resume {out}")
+    result = {"arm": c.arm, "parameters": model.n_params(), "steps": step, "seconds": seconds,
+              "flops_per_token": model.flops_per_token(c.max_tokens)}
     if heldout and rank == 0:
-        result |= {f"heldout_{key}": value for key, value in look(heldout.unaugmented(c.batch_tokens)).items()}
-        told = "held-out: loss {heldout_loss:.4f}, {heldout_tokens:.1%} of tokens, {heldout_grids:.1%} of grids"
-        print((told + "; {heldout_active:.0%} of the neurons active" * (not c.dense)).format(**result))
-    result |= solve(c, model, names, rank, world) if c.score else {}
+        found = evaluate(model, heldout)
+        told = "held-out: loss {loss:.4f}, {tokens:.1%} of tokens, {grids:.1%} of grids"
+        print((told + "; {active:.0%} of the neurons active" * (not c.dense)).format(**found))
+        result |= {f"heldout_{key}": value for key, value in found.items()}
+    return result
+
+
+def main(argv):
+    mode, c, state = parse(argv)
+    if mode == "ab":
+        return compare(c, argv)
+    rank, local, world = (int(os.environ.get(name, alone))            # torchrun starts several and sets these
+                          for name, alone in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    if c.device == "cuda":
+        torch.cuda.set_device(local)
+    if world > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if c.device == "cuda" else "gloo")     # the clock is on the CPU
+    if rank > 0:
+        sys.stdout = None                               # print is silent then: one process speaks
+    torch.manual_seed(c.seed)
+    torch.set_float32_matmul_precision("high")          # TF32 where bfloat16 does not reach
+    torch.backends.cuda.enable_cudnn_sdp(False)         # it plans anew for each of thousands of shapes
+    out, device, result = Path(c.out), torch.device(c.device), {}
+    require(rank > 0 or mode == "resume" or not out.is_dir() or not any(out.iterdir()),
+            f"--out {out}: is not empty; name another folder, or go on with a run in it: --resume {out}")
+    names, pairs, heldout = (state["names"], None, None) if mode == "eval" else load_data(c, device)
+    model = Transformer(Config(
+        n_task=len(names), d_model=c.d_model, n_head=c.n_head, n_layer=c.n_layer, dense=c.dense,
+        ffn_factor=c.ffn_factor if c.ffn else 0, dropout=c.dropout, dtype=c.dtype)).to(device)
+    optimizer = torch.optim.AdamW(model.parameter_groups(c.weight_decay), c.lr, betas=(0.9, 0.95), fused=True)
+    if state:
+        require(state["names"] == names, f"{c.data} {c.extra}: other tasks than those of the checkpoint")
+        with blame("the checkpoint is of another shape"):
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+    if mode != "eval":
+        budget = f"{c.steps} steps" if c.steps else f"{c.minutes:g} minutes"
+        print(f"{c.arm} on {c.device}{f' x {world}' * (world > 1)}: D={c.d_model} H={c.n_head} L={c.n_layer}"
+              f", {model.n_params() / 1e6:.2f} M parameters, {c.dtype}{', compiled' * c.compile}; "
+              f"{len(pairs)} pairs of at most {c.max_tokens} tokens, {budget}, {c.batch_tokens} tokens a step; "
+              f"into {out}")
+        state = state or {"config": asdict(c), "names": names, "step": 0, "seconds": 0.0, "log": 0}
+        result = train(c, model, optimizer, pairs, heldout, state, rank, world)
+        if not result:
+            return
+    if c.score or mode == "eval":
+        result |= solve(c, model, names, rank, world)
     if rank == 0:
         save_json(out / "result.json", result)
 
 
 if __name__ == "__main__":
     try:
-        main()
+        main(sys.argv[1:])
     except (DataError, OSError) as fault:              # OSError names its file: missing or unreadable
         print(f"error: {fault}", file=sys.stderr)
         sys.exit(2)
