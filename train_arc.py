@@ -206,17 +206,24 @@ Sample = namedtuple("Sample", "task view colours prompt answer")    # one view o
 
 
 def collate(samples, device):
-    """Samples -> tokens (B, T), task (B,), view (B,), targets (B, T), on their way to `device`.
+    """Samples -> tokens (B, T), task (B,), view (B,), targets (B, T), made on `device`.
 
     The target at t is token t + 1 where that is an output token, IGNORE elsewhere.
     """
-    tokens = [s.colours[np.append(s.prompt, s.answer[:-1])] for s in samples]
-    targets = [np.append(np.full(len(s.prompt) - 1, IGNORE), s.colours[s.answer]) for s in samples]
-    tokens, targets = (nn.utils.rnn.pad_sequence([torch.from_numpy(row).long() for row in rows], True, value)
-                       for rows, value in ((tokens, END), (targets, IGNORE)))
-    task, view = torch.tensor([(s.task, s.view) for s in samples]).T.contiguous()
-    batch = tokens, task, view, targets
-    return [x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x for x in batch]
+    flat = np.concatenate([part for s in samples for part in (s.prompt, s.answer)])
+    meta = np.array([(s.task, s.view, len(s.prompt), len(s.prompt) + len(s.answer)) for s in samples]).T
+    most, arrays = int(meta[3].max()), (flat, meta, np.array([s.colours for s in samples]))
+    if device.type == "cuda":
+        flat, meta, colours = (torch.from_numpy(x).pin_memory().to(device, non_blocking=True) for x in arrays)
+    else:
+        flat, meta, colours = map(torch.from_numpy, arrays)
+    task, view, prompt, length = meta
+    t, start = torch.arange(most, device=device), length.cumsum(0) - length
+    outside = t >= length[:, None]
+    tokens = flat[(start[:, None] + t).masked_fill(outside, 0)].long()                    # (B, T + 1)
+    tokens = colours.long().gather(1, tokens).masked_fill(outside, END)
+    targets = tokens.masked_fill(outside | (t < prompt[:, None]), IGNORE)
+    return tokens[:, :-1], task, view, targets[:, 1:]
 
 
 def cut(lengths, budget):
@@ -317,7 +324,7 @@ def answer(model, prompts, c, rank=0, world=1):
         tables = colour_permutations(np.repeat(free[None], c.colour_votes, 0), rng)
         tables[0] = np.arange(N_VOCAB)
         x = [np.array(encode_prompt(view_grid(grid, v)), np.uint8) for v in range(N_DIHEDRAL)]
-        jobs += [Sample(task, v, table, x[v], x[v][:0]) for table in tables for v in range(N_DIHEDRAL)]
+        jobs += [Sample(task, v, table, x[v], np.array([END], np.uint8)) for table in tables for v in range(N_DIHEDRAL)]
     lengths = np.array([len(job.prompt) for job in jobs], dtype=int)
     order = np.argsort(lengths, kind="stable")[rank::world]
     cuts = cut(np.minimum(lengths[order] + MAX_OUTPUT, c.max_tokens), c.decode_tokens)  # columns of the cache
