@@ -249,7 +249,7 @@ def evaluate(model, batches):
 
 if __name__ == "__main__":
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    B, T = 32, 32
+    B, T = 64, 32
     tokens = torch.randint(14, (B, T), device=device)
     zero = torch.zeros(B, dtype=torch.long, device=device)
     print(f"A model of D=128, L=4 on {device}: a training step on {B} sequences of {T} tokens")
@@ -261,7 +261,7 @@ if __name__ == "__main__":
     for name, m in models.items():
         print(f"{name:10} {m.n_params():11} {m.flops_per_token(T):12} {1000 * t[name]:7.1f}")
 
-    model, new = models["no FFN"].eval(), 60
+    model, new = models["no FFN"].eval(), 40
     nn.init.normal_(model.head.weight)
 
     def cached():

@@ -4,7 +4,7 @@
     python train_arc.py                          with the MoIE FFN
     python train_arc.py --dense                  the standard transformer of as many parameters as --no-ffn
     python train_arc.py --resume runs/NAME       go on with a stopped run
-    python train_arc.py --eval runs/NAME/checkpoint.pt --show 3          score a model, draw three tasks
+    python train_arc.py --eval runs/NAME/checkpoint.pt --show 3          score a model, draw three answers
     python train_arc.py --ab --seeds 3           train every arm of the comparison, print its table
     torchrun --standalone --nproc_per_node=8 train_arc.py --no-ffn       on 8 GPUs
     python train_arc.py --help                   every flag
@@ -280,7 +280,7 @@ def load_data(c, device):
     extra = {name: task for s in SPLITS for name, task in read_tasks(c.extra, s).items()} if c.extra else {}
     solutions, both = read_solutions(c.data, "training", training), training.keys() & asked.keys()
     require(asked, f"{c.data}: no {c.split} tasks: no arc-agi_{c.split}_challenges.json, no {c.split}/*.json")
-    require(not both, f"{c.data}: task {', '.join(both)} is in both splits")
+    require(not both, f"{c.data}: task {min(both, default='')} is in both splits")
     require(solutions or not training, f"{c.data}: the training split has no solutions, in a file or inline")
     require(extra or not c.extra, f"{c.extra}: no tasks; expected a folder as --data takes it")
     new = without_leaks(extra, asked, training)
@@ -324,7 +324,8 @@ def answer(model, prompts, c, rank=0, world=1):
         tables = colour_permutations(np.repeat(free[None], c.colour_votes, 0), rng)
         tables[0] = np.arange(N_VOCAB)
         x = [np.array(encode_prompt(view_grid(grid, v)), np.uint8) for v in range(N_DIHEDRAL)]
-        jobs += [Sample(task, v, table, x[v], np.array([END], np.uint8)) for table in tables for v in range(N_DIHEDRAL)]
+        none = np.array([END], np.uint8)                # the answer, which no prompt can see
+        jobs += [Sample(task, v, table, x[v], none) for table in tables for v in range(N_DIHEDRAL)]
     lengths = np.array([len(job.prompt) for job in jobs], dtype=int)
     order = np.argsort(lengths, kind="stable")[rank::world]
     cuts = cut(np.minimum(lengths[order] + MAX_OUTPUT, c.max_tokens), c.decode_tokens)  # columns of the cache
@@ -439,7 +440,7 @@ class Run:
     split: str = flag("evaluation", "split to answer: evaluation or test; its demonstrations are trained on")
     extra: str = flag("", "folder of more tasks to train on; those of the split to answer are dropped")
     out: str = flag("", "folder of this run; empty: runs/ARM-seedN-TIME")
-    show: int = flag(0, "tasks to draw with their answers at the end")
+    show: int = flag(0, "test inputs to draw with their answers, at the end")
     heldout: bool = flag(True, "hold out the training split's test pairs, for tuning, or train on them too")
     score: bool = flag(True, "answer and score the split at the end")
     device: str = flag("auto", "cpu, cuda, or auto: cuda where there is one")
@@ -453,7 +454,7 @@ class Run:
     n_layer: int = flag((4, 10), "layers L", 1)
     ffn_factor: int = flag(1, "hidden width of MoIE over D", 1)
     dropout: float = flag((0.0, 0.1), "dropout on each branch", 0, 0.99)
-    max_tokens: int = flag((150, 1863), "longest sequence; a longer one is not trained on, and is wrong", 1)
+    max_tokens: int = flag((150, 1863), "longest pair to train on; longer test pairs count as wrong", 1)
     batch_tokens: int = flag((768, 2**15), "tokens per batch over all processes, padding included", 1)
     lr: float = flag((5e-3, 4e-3), f"peak learning rate; times {DENSE_LR} by default under --dense", 1e-7)
     weight_decay: float = flag(0.1, "decay of the blocks' matrices")
@@ -486,7 +487,8 @@ class Run:
         expected("device", self.device in devices, " or ".join(devices))
         expected("dtype", self.dtype in ("float32", "bfloat16"), "float32 or bfloat16")
         expected("split", self.split in SPLITS[1:], "evaluation or test")
-        expected("d_model", self.d_model % (2 * self.n_head) == 0, f"a multiple of 2 --n-head {self.n_head}")
+        twice = 2 * self.n_head
+        expected("d_model", self.d_model % twice == 0, f"a multiple of {twice}, twice --n-head")
         expected("batch_tokens", self.batch_tokens >= world * self.max_tokens,
                  f"at least --max-tokens {self.max_tokens} for each of {world} processes")
         require(self.ffn or not self.dense, "--dense --no-ffn: the control has an FFN of its own; name one")
@@ -575,8 +577,10 @@ def compare(c, argv):
         words = [word for word in argv if word != "--ab"] + [*arms[arm], f"--seed={seed}", f"--out={folder}"]
         if (folder / "config.json").exists():
             found, ours = read_object(folder / "config.json"), asdict(parse(words)[1])
-            other = [name for name in ours.keys() - {"out", "seeds"} if found.get(name) != ours[name]]
-            require(not other, f"{folder}: a run with another --{', '.join(other)}; name another --out")
+            free = {"out", "seeds", "show", "compile", "decode_tokens", "save_minutes"}     # change no result
+            other = [f"--{name.replace('_', '-')}" for name in sorted(ours.keys() - free)
+                     if found.get(name) != ours[name]]
+            require(not other, f"{folder}: a run with another {', '.join(other)}; name another --out")
         if not (folder / "result.json").exists():
             words = [f"--resume={folder}"] if (folder / "checkpoint.pt").exists() else words
             status = subprocess.run([sys.executable, __file__, *words]).returncode
@@ -600,7 +604,8 @@ def table(runs):
         loss, reached = curve["heldout_loss"], curve[np.argmax(curve["heldout_loss"] <= target)]
         return {
             "parameters": result["parameters"], "FLOPs/token": result["flops_per_token"],
-            "steps/s": result["steps"] / result["seconds"], "held-out loss at end": result["heldout_loss"],
+            "steps/s": result["steps"] / result["seconds"],
+            "held-out loss at the end": result["heldout_loss"],
             f"at step {steps:g}": np.interp(steps, curve["step"], loss),
             f"at {seconds:.0f} s": np.interp(seconds, curve["seconds"], loss),
             f"steps to {target:.3f}": reached["step"], f"seconds to {target:.3f}": reached["seconds"],
@@ -645,11 +650,13 @@ def train(c, model, optimizer, pairs, heldout, state, rank, world):
         save_json(out / "config.json", asdict(c) | {"git": git})
     routing = [p for m in model.spls().values() for p in (m.proto_weight, m.gate_weight)] if c.sars else []
     others = [p for p in model.parameters() if p not in set(routing)]
+    streams = [others, routing] if routing else [others]                # clipped apart
     if c.compile:                               # before the clock starts; the layers share one compiled block
         for module in model.spls().values() if c.sars else model.blocks:    # SARS must see into the blocks
             module.forward = torch.compile(module.forward, dynamic=True)
-        for _, batch in itertools.islice(batches(pairs, c), 64):            # no shape is a surprise then
-            task_loss(model, *collate(batch, device)).backward()
+        warm = 64 if c.device == "cuda" else 1  # CUDA compiles anew for small batches and lengths in eights
+        for _, batch in itertools.islice(batches(pairs, c, world), warm):
+            task_loss(model, *collate(batch[rank::world], device)).backward()
         model.zero_grad()
     net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
 
@@ -675,11 +682,12 @@ def train(c, model, optimizer, pairs, heldout, state, rank, world):
             loss = task_loss(net, *inputs, targets) * world / sum(len(sample.answer) for sample in batch)
         loss.backward()                                             # several processes: DDP takes the mean
         if c.sars:                                  # W_p and W_g learn from the routing loss alone
+            real = unpadded(targets)
             with model.autocast():
-                route_loss = sum(routing_loss(*x, unpadded(targets)) for x in seen.values()) / len(seen)
+                route_loss = sum(routing_loss(*layer, real) for layer in seen.values()) / len(seen)
             for p, gradient in zip(routing, torch.autograd.grad(route_loss, routing)):
                 p.grad = gradient
-        norm = torch.hypot(*(nn.utils.clip_grad_norm_(part, c.clip) for part in (others, routing)))
+        norm = torch.stack([nn.utils.clip_grad_norm_(part, c.clip) for part in streams]).norm()
         optimizer.step()
         optimizer.zero_grad()
         # ----
@@ -719,7 +727,8 @@ def train(c, model, optimizer, pairs, heldout, state, rank, world):
     for number, handler in handlers.items():
         signal.signal(number, handler)
     if stopped:
-        return print(f"stopped at step {step}; go on with: python train_arc.py --resume {out}")
+        launcher = f"torchrun --standalone --nproc_per_node={world}" if world > 1 else "python"
+        return print(f"stopped at step {step}; go on with: {launcher} train_arc.py --resume {out}")
     result = {"arm": c.arm, "parameters": model.n_params(), "steps": step, "seconds": seconds,
               "flops_per_token": model.flops_per_token(c.max_tokens)}
     if heldout and rank == 0:
@@ -733,25 +742,28 @@ def train(c, model, optimizer, pairs, heldout, state, rank, world):
 def main(argv):
     mode, c, state = parse(argv)
     if mode == "ab":
+        require("RANK" not in os.environ, "--ab: starts its runs itself; leave out torchrun")
         return compare(c, argv)
     rank, local, world = (int(os.environ.get(name, alone))            # torchrun starts several and sets these
                           for name, alone in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     if c.device == "cuda":
         torch.cuda.set_device(local)
     if world > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if c.device == "cuda" else "gloo")     # the clock is on the CPU
+        dist.init_process_group("cpu:gloo,cuda:nccl" if c.device == "cuda" else "gloo")  # the clock: on CPUs
     if rank > 0:
         sys.stdout = None                               # print is silent then: one process speaks
     torch.manual_seed(c.seed)
     torch.set_float32_matmul_precision("high")          # TF32 where bfloat16 does not reach
     torch.backends.cuda.enable_cudnn_sdp(False)         # it plans anew for each of thousands of shapes
     out, device, result = Path(c.out), torch.device(c.device), {}
-    require(rank > 0 or mode == "resume" or not out.is_dir() or not any(out.iterdir()),
+    found = [file for file in out.glob("*") if file.suffix != ".tmp"]
+    require(rank > 0 or mode == "resume" or not found,
             f"--out {out}: is not empty; name another folder, or go on with a run in it: --resume {out}")
     names, pairs, heldout = (state["names"], None, None) if mode == "eval" else load_data(c, device)
     model = Transformer(Config(
         n_task=len(names), d_model=c.d_model, n_head=c.n_head, n_layer=c.n_layer, dense=c.dense,
         ffn_factor=c.ffn_factor if c.ffn else 0, dropout=c.dropout, dtype=c.dtype)).to(device)
+    require(mode == "eval" or len(pairs) >= world, f"{c.data}: fewer pairs than the {world} processes")
     optimizer = torch.optim.AdamW(model.parameter_groups(c.weight_decay), c.lr, betas=(0.9, 0.95), fused=True)
     if state:
         require(state["names"] == names, f"{c.data} {c.extra}: other tasks than those of the checkpoint")
@@ -764,8 +776,8 @@ def main(argv):
         budget = f"{c.steps} steps" if c.steps else f"{c.minutes:g} minutes"
         print(f"{c.arm} on {c.device}{f' x {world}' * (world > 1)}: D={c.d_model} H={c.n_head} L={c.n_layer}"
               f", {model.n_params() / 1e6:.2f} M parameters, {c.dtype}{', compiled' * c.compile}; "
-              f"{len(pairs)} pairs of at most {c.max_tokens} tokens, {budget}, {c.batch_tokens} tokens a step; "
-              f"into {out}")
+              f"{len(pairs)} pairs of at most {c.max_tokens} tokens, {budget}, {c.batch_tokens} tokens a step;"
+              f" into {out}")
         state = state or {"config": asdict(c), "names": names, "step": 0, "seconds": 0.0, "log": 0}
         result = train(c, model, optimizer, pairs, heldout, state, rank, world)
         if not result:
