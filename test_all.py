@@ -934,6 +934,13 @@ def test_a_submission_is_read_strictly(tmp_path, change, fault):
     assert fault in str(e.value)
 
 
+def test_the_comparison_is_refused_under_torchrun(monkeypatch):
+    """Its runs would inherit the rank: each process would start them all."""
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(train_arc.DataError, match="--ab: .* leave out torchrun"):
+        train_arc.main(["--ab", "--device", "cpu"])
+
+
 def test_scores_equal_a_scorer_written_from_the_rule():
     """The ARC Prize: an output counts if either attempt equals it; a task's score is the mean over its outputs."""
     rng = np.random.default_rng(0)
