@@ -919,7 +919,8 @@ def test_every_layout_reads_the_same_and_a_test_set_without_solutions_is_answere
 
 
 @pytest.mark.parametrize("change, fault", [
-    (lambda s: s.pop("t"), "task t: no 't'"), (lambda s: s["t"].pop(), "task t: attempts: 1 entries; expected a list of 2"),
+    (lambda s: s.pop("t"), "task t: no 't'"),
+    (lambda s: s["t"].pop(), "task t: attempts: 1 entries; expected a list of 2"),
     (lambda s: s["t"][1].pop("attempt_2"), "task t: attempts: 1 attempt_2: no 'attempt_2'"),
     (lambda s: s["t"][0].update(attempt_1=[[10]]), "task t: attempts: 0 attempt_1: a cell is 10")])
 def test_a_submission_is_read_strictly(tmp_path, change, fault):

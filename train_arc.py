@@ -626,6 +626,16 @@ def rate(used, warmup, decay):
     return min(1.0, used / warmup if warmup else 1.0, max(0.0, 1 - used) / decay if decay else 1.0)
 
 
+def compile_blocks(c, model, pairs, rank, world):
+    """Compiles in place and warms up, before the clock starts; the layers share one compiled block."""
+    for module in model.spls().values() if c.sars else model.blocks:    # SARS must see into the blocks
+        module.forward = torch.compile(module.forward, dynamic=True)
+    warm = 64 if c.device == "cuda" else 1      # CUDA compiles anew for small batches and lengths in eights
+    for _, batch in itertools.islice(batches(pairs, c, world), warm):
+        task_loss(model, *collate(batch[rank::world], model.head.weight.device)).backward()
+    model.zero_grad()
+
+
 def train(c, model, optimizer, pairs, heldout, state, rank, world):
     """Trains from `state` until the budget is used -> what result.json says of it; None if a signal came."""
     out, log, step, seconds = Path(c.out), Path(c.out, "log.csv"), state["step"], state["seconds"]
@@ -651,13 +661,8 @@ def train(c, model, optimizer, pairs, heldout, state, rank, world):
     routing = [p for m in model.spls().values() for p in (m.proto_weight, m.gate_weight)] if c.sars else []
     others = [p for p in model.parameters() if p not in set(routing)]
     streams = [others, routing] if routing else [others]                # clipped apart
-    if c.compile:                               # before the clock starts; the layers share one compiled block
-        for module in model.spls().values() if c.sars else model.blocks:    # SARS must see into the blocks
-            module.forward = torch.compile(module.forward, dynamic=True)
-        warm = 64 if c.device == "cuda" else 1  # CUDA compiles anew for small batches and lengths in eights
-        for _, batch in itertools.islice(batches(pairs, c, world), warm):
-            task_loss(model, *collate(batch[rank::world], device)).backward()
-        model.zero_grad()
+    if c.compile:
+        compile_blocks(c, model, pairs, rank, world)
     net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
 
     stop, shown, held, tokens, padded, norm, route_loss = [], {}, 0.0, 0, 0, 0.0, torch.tensor(math.nan)
