@@ -734,9 +734,14 @@ def train(c, model, optimizer, pairs, heldout, state, rank, world):
     if stopped:
         launcher = f"torchrun --standalone --nproc_per_node={world}" if world > 1 else "python"
         return print(f"stopped at step {step}; go on with: {launcher} train_arc.py --resume {out}")
-    result = {"arm": c.arm, "parameters": model.n_params(), "steps": step, "seconds": seconds,
+    return summary(c, model, heldout if rank == 0 else None) | {"steps": step, "seconds": seconds}
+
+
+def summary(c, model, heldout):
+    """What result.json says of a trained model before its score; one line of it on the screen."""
+    result = {"arm": c.arm, "parameters": model.n_params(),
               "flops_per_token": model.flops_per_token(c.max_tokens)}
-    if heldout and rank == 0:
+    if heldout:
         found = evaluate(model, heldout)
         told = "held-out: loss {loss:.4f}, {tokens:.1%} of tokens, {grids:.1%} of grids"
         print((told + "; {active:.0%} of the neurons active" * (not c.dense)).format(**found))
