@@ -42,18 +42,23 @@ def rotate(x, cos, sin):
 
 
 class KVCache:
-    """The keys and values of one layer, preallocated for S_max tokens; `append` fills the next columns."""
+    """The keys and values of one layer, preallocated for S_max tokens; `append` fills the next columns.
+
+    The column is a tensor and the width read is the caller's, so that a step of decoding has the same shapes as
+    the one before: it compiles once, and a CUDA graph can hold it.
+    """
 
     def __init__(self, B, H, S_max, h, device=None, dtype=None):
         self.k = torch.zeros(B, H, S_max, h, device=device, dtype=dtype)
         self.v = torch.zeros_like(self.k)
-        self.length = 0
+        self.length = torch.zeros((), dtype=torch.long, device=device)
 
-    def append(self, k, v):
-        """k, v (B, H, T, h) of the next T columns -> all keys and values so far, each (B, H, S, h)."""
-        start, self.length = self.length, self.length + k.shape[2]
-        self.k[:, :, start:self.length], self.v[:, :, start:self.length] = k, v
-        return self.k[:, :, :self.length], self.v[:, :, :self.length]
+    def append(self, k, v, S):
+        """k, v (B, H, T, h) of the next T columns -> the first S columns of all keys and values, (B, H, S, h)."""
+        at = self.length + torch.arange(k.shape[2], device=k.device)
+        self.k[:, :, at], self.v[:, :, at] = k, v
+        self.length += k.shape[2]
+        return self.k[:, :, :S], self.v[:, :, :S]
 
 
 class DynSIHA(nn.Module):
@@ -73,7 +78,7 @@ class DynSIHA(nn.Module):
         q, k, v = (f(x).view(B, T, self.n_head, -1) for f in (self.q, self.k, self.v))           # (B, T, H, h)
         q, k, v = rotate(q.transpose(1, 2), *rope), rotate(k.transpose(1, 2), *rope), v.transpose(1, 2)
         if cache is not None:
-            k, v = cache.append(k, v)                                                            # (B, H, S, h)
+            k, v = cache.append(k, v, T if mask is None else mask.shape[-1])                     # (B, H, S, h)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)      # (B, H, T, h)
         return self.o(y.transpose(1, 2).reshape(B, T, D))
 
