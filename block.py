@@ -63,8 +63,8 @@ class Block(nn.Module):
 
 
 if __name__ == "__main__":
-    B, D, H = 4, 256, 8
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    B, D, H, calls = (64, 256, 8, 10) if device == "cuda" else (4, 256, 8, 1)
     print(f"Block at B={B} D={D} on {device}, forward and backward: what leaving out the FFN saves")
     print(f"{'T':>6} {'f':>3} {'weights':>9} {'without':>9} {'with':>9} {'speed-up':>9} {'formula':>8} {'control':>11}")
     for T in (256, 1024):
@@ -72,7 +72,7 @@ if __name__ == "__main__":
         x = torch.randn(B, T, D, device=device, requires_grad=True)
         blocks = {f: Block(D, H, f * D).to(device) for f in (0, 1, 2, 4)}
         blocks["dense"] = Block(D, H, 4 * D, dense=True).to(device)
-        t = bench({f: forward_backward(lambda x, b=b: b(x, rope), x) for f, b in blocks.items()})
+        t = bench({f: forward_backward(lambda x, b=b: b(x, rope), x) for f, b in blocks.items()}, calls=calls)
         for f in (1, 2, 4):
             print(f"{T:6} {f:3} {12 + 6 * f:6}·D² {1000 * t[0]:6.1f} ms {1000 * t[f]:6.1f} ms "
                   f"{t[f] / t[0]:8.2f}x {1 + 6 * f / (12 + 2 * T / D):7.2f}x {1000 * t['dense']:8.1f} ms")

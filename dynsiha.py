@@ -44,8 +44,8 @@ def rotate(x, cos, sin):
 class KVCache:
     """The keys and values of one layer, preallocated for S_max tokens; `append` fills the next columns.
 
-    The column is a tensor and the width read is the caller's, so that a step of decoding has the same shapes as
-    the one before: it compiles once, and a CUDA graph can hold it.
+    The next column is a tensor and the width read is the caller's: one step of decoding is the same program as
+    the step before, so that a CUDA graph can hold it.
     """
 
     def __init__(self, B, H, S_max, h, device=None, dtype=None):
@@ -56,7 +56,8 @@ class KVCache:
     def append(self, k, v, S):
         """k, v (B, H, T, h) of the next T columns -> the first S columns of all keys and values, (B, H, S, h)."""
         at = self.length + torch.arange(k.shape[2], device=k.device)
-        self.k[:, :, at], self.v[:, :, at] = k, v
+        self.k.index_copy_(2, at, k)
+        self.v.index_copy_(2, at, v)
         self.length += k.shape[2]
         return self.k[:, :, :S], self.v[:, :, :S]
 

@@ -178,7 +178,8 @@ class Transformer(nn.Module):
 
         tokens (B, P), lengths (B,). A row ends with `end`, or where its row or column exceeds `limit`.
         New tokens are cached in the columns after P for every row. Positions travel as angles, so a column
-        means nothing: the mask alone says what a row reads, never its padding. It widens STRIDE columns at a time.
+        means nothing: the mask alone says what a row reads, never its padding. It widens STRIDE columns at a
+        time; between, a step is always the same program on the same memory, which CUDA launches as one graph.
         """
         B, P = tokens.shape
         c, head, device = self.config, self.head.weight, tokens.device
@@ -190,17 +191,34 @@ class Transformer(nn.Module):
         mask = (torch.arange(size, device=device) < lengths[:, None])[:, None, None]       # (B, 1, 1, size)
         out, all_logits, done = [], [], torch.zeros(B, dtype=torch.bool, device=device)
         for column in range(P, P + max_new):
-            now = advance(token, now)                                                 # (B, 3)
-            token = logits.argmax(-1).masked_fill(done, end)                          # (B,)
+            now.copy_(advance(token, now))                                            # (B, 3)
+            token.copy_(logits.argmax(-1).masked_fill(done, end))                     # (B,)
             done = done | (token == end) | (now > limit).any(-1)
-            out.append(token)
-            all_logits.append(logits)
+            out.append(token.clone())
+            all_logits.append(logits.clone())
             if done.all() or column == P + max_new - 1:
                 break
-            mask[..., column], width = True, (column // STRIDE + 1) * STRIDE
-            logits = self(token[:, None], task, view, now[:, None], caches, mask[..., :width])[:, -1]
+            mask[..., column] = True
+            if column == P or column % STRIDE == 0:
+                width = (column // STRIDE + 1) * STRIDE
+                step = first = lambda w=width: self(token[:, None], task, view, now[:, None], caches, mask[..., :w])
+            elif step is first and tokens.is_cuda:
+                step = captured(step)
+            logits = step()[:, -1]
         out = torch.stack(out, dim=1)
         return (out, torch.stack(all_logits, dim=1)) if return_logits else out
+
+
+def captured(step):
+    """`step` as one CUDA graph, on the tensors that it reads now; it must have run once before."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+
+    def replay():
+        graph.replay()
+        return out
+    return replay
 
 
 # ------------------------------------------------------------------------------------------ loss and monitors

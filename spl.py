@@ -146,16 +146,20 @@ def routing_loss(spl, x, Y_out, real):
     return (jsd(normalized(M), normalized(G)) * real[..., 0]).sum() / real.sum()
 
 
-def bench(candidates, seconds=3.0):
-    """{name: function} -> {name: median seconds}; they take turns, so that a noisy machine is noisy for all."""
+def bench(candidates, seconds=3.0, calls=1):
+    """{name: function} -> {name: median seconds}; they take turns, so that a noisy machine is noisy for all.
+
+    A measurement is `calls` in a row: on a GPU one is launched while another runs, as in training.
+    """
     times, start = {name: [] for name in candidates}, time.perf_counter()
     for i in itertools.count():
         for name, run in candidates.items():
             begin = time.perf_counter()
-            run()
+            for _ in range(calls):
+                run()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            times[name].append(time.perf_counter() - begin)
+            times[name].append((time.perf_counter() - begin) / calls)
         if i == 1:                                                 # two rounds of warm-up, compilation included
             times, start = {name: [] for name in candidates}, time.perf_counter()
         if i >= 4 and time.perf_counter() - start > seconds:
@@ -170,7 +174,7 @@ def forward_backward(layer, x):
 
 if __name__ == "__main__":
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype, N = (torch.bfloat16, 65536) if device == "cuda" else (torch.float32, 4096)
+    dtype, N, calls = (torch.bfloat16, 2**18, 10) if device == "cuda" else (torch.float32, 4096, 1)
     compiler = device == "cuda" or shutil.which("c++")
     print(f"What an SPL costs, forward and backward, {N} tokens, {dtype}, {device}; 1.00 is one F.linear to 3·D")
     print(f"{'D':>6} {'dense layer':>12} {'to 3D':>6} {'SPL':>6} {'compiled':>9} {'literal':>8} "
@@ -183,7 +187,7 @@ if __name__ == "__main__":
         layers = {"dense": dense, "triple": triple, "spl": spl, "literal": literal}
         if compiler:
             layers["compiled"] = torch.compile(spl)
-        t = bench({name: forward_backward(layer, x) for name, layer in layers.items()})
+        t = bench({name: forward_backward(layer, x) for name, layer in layers.items()}, calls=calls)
         ratio = {name: seconds / t["triple"] for name, seconds in t.items()}
         active = (spl.route(x)[1] > 0).float().mean()
         print(f"{D:6} {ratio['dense']:12.2f} {1:6.2f} {ratio['spl']:6.2f} "

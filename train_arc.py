@@ -349,7 +349,7 @@ def decode(samples, model, c):
     tokens, task, view, _ = collate(samples, model.head.weight.device)
     lengths = [len(sample.prompt) for sample in samples]
     most = min(MAX_OUTPUT, c.max_tokens - min(lengths))
-    with torch.compiler.set_stance("default" if c.device == "cuda" else "force_eager"):   # see `compile_blocks`
+    with torch.compiler.set_stance("force_eager"):
         return model.generate(tokens, torch.tensor(lengths).to(tokens.device), task, view, most).cpu().numpy()
 
 
@@ -626,16 +626,12 @@ def rate(used, warmup, decay):
     return min(1.0, used / warmup if warmup else 1.0, max(0.0, 1 - used) / decay if decay else 1.0)
 
 
-def compile_blocks(c, model):
-    """Compiles in place; the layers share one compiled block. Decoding uses it on CUDA, where launching dozens of
-    kernels a block takes longer than running them; on a CPU it gains less than its compilation takes."""
+def compile_blocks(c, model, pairs, rank, world):
+    """Compiles in place and warms up, before the clock starts; the layers share one compiled block."""
     for module in model.spls().values() if c.sars else model.blocks:    # SARS must see into the blocks
         module.forward = torch.compile(module.forward, dynamic=True)
-
-
-def warm_up(c, model, pairs, rank, world):
-    """Compilation before the clock starts; CUDA compiles anew for small batches and lengths in eights."""
-    for _, batch in itertools.islice(batches(pairs, c, world), 64 if c.device == "cuda" else 1):
+    warm = 64 if c.device == "cuda" else 1      # CUDA compiles anew for small batches and lengths in eights
+    for _, batch in itertools.islice(batches(pairs, c, world), warm):
         task_loss(model, *collate(batch[rank::world], model.head.weight.device)).backward()
     model.zero_grad()
 
@@ -666,7 +662,7 @@ def train(c, model, optimizer, pairs, heldout, state, rank, world):
     others = [p for p in model.parameters() if p not in set(routing)]
     streams = [others, routing] if routing else [others]                # clipped apart
     if c.compile:
-        warm_up(c, model, pairs, rank, world)
+        compile_blocks(c, model, pairs, rank, world)
     net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
 
     stop, shown, held, tokens, padded, norm, route_loss = [], {}, 0.0, 0, 0, 0.0, torch.tensor(math.nan)
@@ -778,8 +774,6 @@ def main(argv):
         n_task=len(names), d_model=c.d_model, n_head=c.n_head, n_layer=c.n_layer, dense=c.dense,
         ffn_factor=c.ffn_factor if c.ffn else 0, dropout=c.dropout, dtype=c.dtype)).to(device)
     require(mode == "eval" or len(pairs) >= world, f"{c.data}: fewer pairs than the {world} processes")
-    if c.compile:
-        compile_blocks(c, model)
     optimizer = torch.optim.AdamW(model.parameter_groups(c.weight_decay), c.lr, betas=(0.9, 0.95), fused=True)
     if state:
         require(state["names"] == names, f"{c.data} {c.extra}: other tasks than those of the checkpoint")
