@@ -100,8 +100,8 @@ class SparseProtoLinear(nn.Module):
         """(Y_comp, V_match, L_gate), each (..., D_out): the products share x, so one GEMM makes all three."""
         scale = 1 / math.sqrt(self.in_features)
         weight = torch.cat((self.mu_weight, self.proto_weight * scale, self.gate_weight))  # (3·D_out, D_in)
-        bias = F.pad(self.mu_bias, (0, 2 * self.out_features))
-        return F.linear(x, weight, bias).split(self.out_features, dim=-1)
+        Y, V_match, L_gate = F.linear(x, weight).split(self.out_features, dim=-1)
+        return Y + self.mu_bias.to(Y.dtype), V_match, L_gate       # a bias in the GEMM would cost a sum over all three
 
     def route(self, x):
         """(logits, M), each (..., D_out): the routing alone, for monitoring."""
