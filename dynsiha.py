@@ -62,6 +62,18 @@ class KVCache:
         return self.k[:, :, :S], self.v[:, :, :S]
 
 
+def captured(step):
+    """`step`, which must have run before, as one CUDA graph: it reads and writes the same tensors at each call."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+
+    def replay():
+        graph.replay()
+        return out
+    return replay
+
+
 class DynSIHA(nn.Module):
     """(B, T, D) -> (B, T, D). `linear=nn.Linear` turns it into standard attention, for the dense control."""
 

@@ -17,13 +17,14 @@ import math
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from block import Block
-from dynsiha import KVCache, rotary
+from dynsiha import KVCache, captured, rotary
 from spl import SparseProtoLinear, bench
 
 START, NL, SEP, END, N_VOCAB = 10, 11, 12, 13, 14       # 0..9 are the colours
@@ -102,8 +103,8 @@ class Transformer(nn.Module):
         self.token = nn.Embedding(c.n_vocab, c.d_model)
         self.task = nn.Embedding(c.n_task, c.d_model)
         self.view = nn.Embedding(c.n_view, c.d_model)
-        layers = range(c.n_layer)
-        self.blocks = nn.ModuleList(Block(c.d_model, c.n_head, d_ffn, c.dense, c.dropout) for _ in layers)
+        block = c.d_model, c.n_head, d_ffn, c.dense, c.dropout
+        self.blocks = nn.ModuleList(Block(*block) for _ in range(c.n_layer))
         self.norm = nn.RMSNorm(c.d_model)
         self.head = nn.Linear(c.d_model, c.n_vocab, bias=False)
         self.reset_parameters()
@@ -166,9 +167,7 @@ class Transformer(nn.Module):
 
     def mfu(self, tokens_per_s, T):
         """Training FLOPs (3 forwards) as a share of the GPU's bfloat16 peak; None on a CPU or unknown GPU."""
-        if self.head.weight.device.type != "cuda":
-            return None
-        name = torch.cuda.get_device_name()
+        name = torch.cuda.get_device_name() if self.head.weight.is_cuda else ""
         peak = next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
         return peak and 3 * self.flops_per_token(T) * tokens_per_s / peak
 
@@ -179,12 +178,11 @@ class Transformer(nn.Module):
         tokens (B, P), lengths (B,). A row ends with `end`, or where its row or column exceeds `limit`.
         New tokens are cached in the columns after P for every row. Positions travel as angles, so a column
         means nothing: the mask alone says what a row reads, never its padding. It widens STRIDE columns at a
-        time; between, a step is always the same program on the same memory, which CUDA launches as one graph.
+        time; between, each step is one program on the same memory, launched as one graph on CUDA.
         """
-        B, P = tokens.shape
-        c, head, device = self.config, self.head.weight, tokens.device
-        dtype = torch.bfloat16 if c.dtype == "bfloat16" else head.dtype
-        size = -(-(P + max_new) // STRIDE) * STRIDE
+        (B, P), c, device = tokens.shape, self.config, tokens.device
+        dtype = torch.bfloat16 if c.dtype == "bfloat16" else self.head.weight.dtype
+        size = math.ceil((P + max_new) / STRIDE) * STRIDE
         caches = [KVCache(B, c.n_head, size, c.d_model // c.n_head, device, dtype) for _ in self.blocks]
         last, pos = (torch.arange(B, device=device), lengths - 1), positions(tokens)
         logits, token, now = self(tokens, task, view, pos, caches)[last], tokens[last], pos[last]
@@ -199,26 +197,14 @@ class Transformer(nn.Module):
             if done.all() or column == P + max_new - 1:
                 break
             mask[..., column] = True
-            if column == P or column % STRIDE == 0:
-                width = (column // STRIDE + 1) * STRIDE
-                step = first = lambda w=width: self(token[:, None], task, view, now[:, None], caches, mask[..., :w])
-            elif step is first and tokens.is_cuda:
-                step = captured(step)
-            logits = step()[:, -1]
+            if column > P and column % STRIDE:
+                logits = step()[:, -1]
+            else:                                                                     # the mask widens
+                read = mask[..., :(column // STRIDE + 1) * STRIDE]
+                step = partial(self, token[:, None], task, view, now[:, None], caches, read)
+                logits, step = step()[:, -1], captured(step) if tokens.is_cuda else step
         out = torch.stack(out, dim=1)
         return (out, torch.stack(all_logits, dim=1)) if return_logits else out
-
-
-def captured(step):
-    """`step` as one CUDA graph, on the tensors that it reads now; it must have run once before."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = step()
-
-    def replay():
-        graph.replay()
-        return out
-    return replay
 
 
 # ------------------------------------------------------------------------------------------ loss and monitors
@@ -267,23 +253,19 @@ def evaluate(model, batches):
 
 if __name__ == "__main__":
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    B, T = 64, 32
-    tokens = torch.randint(14, (B, T), device=device)
-    zero = torch.zeros(B, dtype=torch.long, device=device)
+    tokens, zero = torch.randint(14, (64, 32), device=device), torch.zeros(64, dtype=torch.long, device=device)
+    (B, T), new = tokens.shape, 40
     print(f"A model of D=128, L=4 on {device}: a training step on {B} sequences of {T} tokens")
     print(f"{'':10} {'parameters':>11} {'FLOPs/token':>12} {'ms':>7}")
     models = {"no FFN": Config(ffn_factor=0), "MoIE f=1": Config(), "dense": Config(dense=True)}
     models = {name: Transformer(config).to(device) for name, config in models.items()}
-    t = bench({name: lambda m=m: m(tokens, zero, zero).logsumexp(-1).sum().backward()
-               for name, m in models.items()})
+    t = bench({name: lambda m=m: m(tokens, zero, zero).sum().backward() for name, m in models.items()})
     for name, m in models.items():
         print(f"{name:10} {m.n_params():11} {m.flops_per_token(T):12} {1000 * t[name]:7.1f}")
 
-    model, new = models["no FFN"].eval(), 40
+    model = models["no FFN"].eval()
     nn.init.normal_(model.head.weight)
-
-    def cached():
-        return model.generate(tokens, zero + T, zero, zero, new, end=-1, limit=math.inf)
+    cached = partial(model.generate, tokens, zero + T, zero, zero, new, end=-1, limit=math.inf)
 
     @torch.inference_mode()
     def recomputed():
