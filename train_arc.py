@@ -21,7 +21,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import shutil
 import signal
 import subprocess
@@ -62,7 +61,7 @@ def blame(where):
     """An error inside becomes a DataError of one line that begins with `where`; nested, they say where."""
     try:
         yield
-    except (ValueError, TypeError, LookupError, RuntimeError, OSError, EOFError, pickle.UnpicklingError) as e:
+    except Exception as e:
         fault = f"no {e}" if isinstance(e, KeyError) else " ".join(str(e).split())[:300]
         raise DataError(f"{where}: {fault}") from None
 
@@ -104,10 +103,8 @@ Task = namedtuple("Task", "train test")     # demonstrations [(input, output)]; 
 
 def read_object(path):
     """The JSON object in `path`."""
-    with blame(f"{path}: not JSON"):
-        value = json.loads(path.read_text(encoding="utf-8"))
-    with blame(path):
-        return expect(value, dict)
+    with blame(f"{path}: not JSON of an object"):
+        return expect(json.loads(path.read_text(encoding="utf-8")), dict)
 
 
 def read_grid(value):
@@ -120,9 +117,9 @@ def read_grid(value):
     return np.array(value, dtype=np.uint8)
 
 
-def read_grids(raw, part, key=None, length=None):
-    """raw[part], a list of `length` grids, or of objects with a grid under `key`."""
-    values, grids = expect(raw, dict)[part], []
+def read_grids(values, part, key=None, length=None):
+    """A list of `length` grids, or of objects with a grid under `key`; errors name `part` and the place."""
+    grids = []
     with blame(part):
         for i, value in enumerate(expect(values, list, length)):
             with blame(f"{i} {key}" if key else i):
@@ -154,25 +151,22 @@ def read_tasks(folder, split):
     tasks = {}
     for name, (file, raw) in read_split(folder, split).items():
         with blame(f"{file}: task {name}"):
-            train = zip(read_grids(raw, "train", "input"), read_grids(raw, "train", "output"))
-            tasks[name] = Task(list(train), read_grids(raw, "test", "input"))
+            inputs, outputs = (read_grids(expect(raw, dict)["train"], "train", key) for key in ("input", "output"))
+            tasks[name] = Task(list(zip(inputs, outputs)), read_grids(raw["test"], "test", "input"))
     return tasks
 
 
 def read_solutions(folder, split, tasks):
-    """{id: [test output, ...]} of a split's `tasks`, from its file or inline; None if there are none."""
+    """{id: [test output, ...]} of a split's `tasks`, from its file or inline; empty if it has none."""
     file, solutions = Path(folder) / f"arc-agi_{split}_solutions.json", {}
-    if file.exists():
-        found = {name: (file, grids) for name, grids in read_object(file).items()}
-    else:
-        found = {name: (source, [pair["output"] for pair in raw["test"] if "output" in pair])
-                 for name, (source, raw) in read_split(folder, split).items()}
-    if not any(grids for _, grids in found.values()):
-        return None
+    found = read_object(file) if file.exists() else {
+        name: [pair["output"] for pair in raw["test"] if "output" in pair]
+        for name, (_, raw) in read_split(folder, split).items()}
+    if not any(found.values()):
+        return solutions
     for name, task in tasks.items():
-        source, grids = found.get(name, (file, None))
-        with blame(f"{source}: task {name}"):
-            solutions[name] = read_grids({"solutions": grids}, "solutions", length=len(task.test))
+        with blame(f"{file if file.exists() else folder}: task {name}"):
+            solutions[name] = read_grids(found.get(name), "solutions", length=len(task.test))
     return solutions
 
 
@@ -182,15 +176,13 @@ def read_submission(file, tasks):
     for name, task in tasks.items():
         with blame(f"{file}: task {name}"):
             for key in ATTEMPTS:
-                read_grids({"attempts": found[name]}, "attempts", key, len(task.test))
+                read_grids(found[name], "attempts", key, len(task.test))
     return found
 
 
 def without_leaks(extra, asked, known=()):
-    """The `extra` tasks that share no id, set of demonstrations or test input with the `asked` ones.
-
-    `known` are ids to leave out as well. No output that is asked for is needed to tell.
-    """
+    """The `extra` tasks that share no id, set of demonstrations or test input with the `asked` ones, nor an id
+    with the `known`. No output that is asked for is needed to tell."""
     def clues(task, inputs):
         demos = frozenset(str([x.tolist(), y.tolist()]) for x, y in task.train)
         return {demos, *(str(x.tolist()) for x in inputs)}
@@ -203,6 +195,7 @@ def without_leaks(extra, asked, known=()):
 # ------------------------------------------------------------------------------------------ batches
 Pair = namedtuple("Pair", "task free views")        # task index; colours to permute; tokens in each view
 Sample = namedtuple("Sample", "task view colours prompt answer")    # one view of a pair, under a colour table
+UNKNOWN = np.empty((0, 0), np.uint8)                # the output of a question: its tokens are <end> alone
 
 
 def collate(samples, device):
@@ -212,13 +205,12 @@ def collate(samples, device):
     """
     flat = np.concatenate([part for s in samples for part in (s.prompt, s.answer)])
     meta = np.array([(s.task, s.view, len(s.prompt), len(s.prompt) + len(s.answer)) for s in samples]).T
-    most, arrays = int(meta[3].max()), (flat, meta, np.array([s.colours for s in samples]))
-    if device.type == "cuda":
-        flat, meta, colours = (torch.from_numpy(x).pin_memory().to(device, non_blocking=True) for x in arrays)
-    else:
-        flat, meta, colours = map(torch.from_numpy, arrays)
-    task, view, prompt, length = meta
-    t, start = torch.arange(most, device=device), length.cumsum(0) - length
+    t = torch.arange(meta[3].max(), device=device)                                        # (T + 1,)
+    parts = map(torch.from_numpy, (flat, meta, np.array([s.colours for s in samples])))
+    if device.type == "cuda":                           # pinned, the copy does not wait for the GPU
+        parts = (part.pin_memory().to(device, non_blocking=True) for part in parts)
+    flat, (task, view, prompt, length), colours = parts
+    start = length.cumsum(0) - length
     outside = t >= length[:, None]
     tokens = flat[(start[:, None] + t).masked_fill(outside, 0)].long()                    # (B, T + 1)
     tokens = colours.long().gather(1, tokens).masked_fill(outside, END)
@@ -313,19 +305,17 @@ def gather(value, world):
     return values
 
 
-def answer(model, prompts, c, rank=0, world=1):
-    """prompts [(task, grid, free colours)] -> for each the grids of 8 views x c.colour_votes colour tables.
+def answer(model, questions, c, rank=0, world=1):
+    """[Pair of an input and UNKNOWN] -> for each the grids of 8 views x c.colour_votes colour tables.
 
     Each grid is turned and coloured back; invalid outputs are left out. A task's first table changes nothing.
     The processes share the jobs, longest prompts first, and all get every answer.
     """
-    rng, jobs, grids, found = np.random.default_rng(c.seed), [], {}, [[] for _ in prompts]
-    for task, grid, free in prompts:
+    rng, jobs, grids, found = np.random.default_rng(c.seed), [], {}, [[] for _ in questions]
+    for task, free, views in questions:
         tables = colour_permutations(np.repeat(free[None], c.colour_votes, 0), rng)
         tables[0] = np.arange(N_VOCAB)
-        x = [np.array(encode_prompt(view_grid(grid, v)), np.uint8) for v in range(N_DIHEDRAL)]
-        none = np.array([END], np.uint8)                # the answer, which no prompt can see
-        jobs += [Sample(task, v, table, x[v], none) for table in tables for v in range(N_DIHEDRAL)]
+        jobs += [Sample(task, v, table, *views[v]) for table in tables for v in range(N_DIHEDRAL)]
     lengths = np.array([len(job.prompt) for job in jobs], dtype=int)
     order = np.argsort(lengths, kind="stable")[rank::world]
     cuts = cut(np.minimum(lengths[order] + MAX_OUTPUT, c.max_tokens), c.decode_tokens)  # columns of the cache
@@ -342,10 +332,7 @@ def answer(model, prompts, c, rank=0, world=1):
 
 
 def decode(samples, model, c):
-    """Greedy outputs for the prompts of a batch: (B, N) tokens, closed by <end>.
-
-    The bound on N comes from the format and the flags, never from the answer.
-    """
+    """Greedy outputs (B, N) for the prompts of a batch; N is bounded by format and flags, never by an answer."""
     tokens, task, view, _ = collate(samples, model.head.weight.device)
     lengths = [len(sample.prompt) for sample in samples]
     most = min(MAX_OUTPUT, c.max_tokens - min(lengths))
@@ -391,10 +378,10 @@ def solve(c, model, names, rank=0, world=1):
     """Answers the test inputs of c.split, writes submission.json, and scores it where there are solutions."""
     model.eval()
     tasks, index = read_tasks(c.data, c.split), {name: n for n, name in enumerate(names)}
-    prompts = {(name, i): (index[name], x, free_colours(task, c.permute_colours))
-               for name, task in tasks.items() if name in index
-               for i, x in enumerate(task.test) if pair_tokens(x, x[:1, :1]) <= c.max_tokens}
-    grids = dict(zip(prompts, answer(model, list(prompts.values()), c, rank, world)))
+    questions = {(name, i): Pair(index[name], free_colours(task, c.permute_colours), in_views(x, UNKNOWN))
+                 for name, task in tasks.items() if name in index
+                 for i, x in enumerate(task.test) if pair_tokens(x, x[:1, :1]) <= c.max_tokens}
+    grids = dict(zip(questions, answer(model, list(questions.values()), c, rank, world)))
     if rank > 0:
         return {}
     file = Path(c.out) / "submission.json"
@@ -403,7 +390,7 @@ def solve(c, model, names, rank=0, world=1):
     save_json(file, submission)
     submission = read_submission(file, tasks)
     solutions = read_solutions(c.data, c.split, tasks)          # read here alone, after the last answer
-    for name, i in list(prompts)[:c.show]:
+    for name, i in list(questions)[:c.show]:
         target = solutions and solutions[name][i].tolist()
         titled = [("input", tasks[name].test[i])] + [("target", target)] * bool(target)
         for key, grid in submission[name][i].items():
@@ -412,14 +399,14 @@ def solve(c, model, names, rank=0, world=1):
         colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
         print(f"{name} test {i}\n{draw(titled, colour, shutil.get_terminal_size().columns)}")
     asked = sum(len(task.test) for task in tasks.values())
-    tried = f"{len(prompts)} of {asked} test inputs were short enough and of a trained task; see {file}"
+    tried = f"{len(questions)} of {asked} test inputs were short enough and of a trained task; see {file}"
     if not solutions:
         print(f"{c.split}: no solutions in {c.data}, so the submission cannot be scored here; {tried}")
         return {}
     (pass1, pass2), solved = score(submission, solutions)
     print(f"{c.split}: pass@1 {pass1:.2%}, pass@2 {pass2:.2%} (mean over a task's test outputs, then over "
           f"the {len(tasks)} tasks), {solved} tasks solved whole; {tried}")
-    return {"pass@1": pass1, "pass@2": pass2, "solved": solved, "tasks": len(tasks), "tried": len(prompts)}
+    return {"pass@1": pass1, "pass@2": pass2, "solved": solved, "tasks": len(tasks), "tried": len(questions)}
 
 
 # ------------------------------------------------------------------------------------------ flags
