@@ -387,7 +387,7 @@ def solve(c, model, names, rank=0, world=1):
     file = Path(c.out) / "submission.json"
     submission = {name: [vote(grids.get((name, i), [])) for i in range(len(task.test))]
                   for name, task in tasks.items()}
-    save_json(file, submission)
+    save(file, submission)
     submission = read_submission(file, tasks)
     solutions = read_solutions(c.data, c.split, tasks)          # read here alone, after the last answer
     for name, i in list(questions)[:c.show]:
@@ -474,8 +474,7 @@ class Run:
         expected("device", self.device in devices, " or ".join(devices))
         expected("dtype", self.dtype in ("float32", "bfloat16"), "float32 or bfloat16")
         expected("split", self.split in SPLITS[1:], "evaluation or test")
-        twice = 2 * self.n_head
-        expected("d_model", self.d_model % twice == 0, f"a multiple of {twice}, twice --n-head")
+        expected("d_model", self.d_model % (2 * self.n_head) == 0, f"a multiple of twice --n-head {self.n_head}")
         expected("batch_tokens", self.batch_tokens >= world * self.max_tokens,
                  f"at least --max-tokens {self.max_tokens} for each of {world} processes")
         require(self.ffn or not self.dense, "--dense --no-ffn: the control has an FFN of its own; name one")
@@ -503,12 +502,16 @@ def parse(argv):
         parser.add_argument("--" + f.name.replace("_", "-"), help=text, **kind)
     given = vars(parser.parse_args(argv))
     mode = next((mode for mode in ("resume", "eval", "ab") if mode in given), "train")
-    path, state = given.pop(mode, None), None
+    path, state = given.pop(mode, ""), None
     clash = given.keys() & {"ffn", "dense", "sars", "heldout", "seed"} if mode == "ab" else ()
     require(not clash, f"--ab --{' --'.join(clash)}: the comparison sets this itself; leave it out")
     require(mode != "resume" or not given, "--resume takes no other flag: the run goes on under its own")
     if mode in ("resume", "eval"):
-        state = load_checkpoint(Path(path, "checkpoint.pt" if mode == "resume" else ""))
+        file = Path(path, "checkpoint.pt" if mode == "resume" else "")
+        with blame(f"{file}: not a checkpoint of this program"):
+            found = torch.load(file, map_location="cpu", weights_only=True)
+            state = {key: found[key] for key in "config names step seconds log model optimizer".split()}
+            Run(**state["config"] | {"device": "cpu"})                  # refuses what is no configuration
     out = {"resume": path, "ab": "runs/ab"}.get(mode, "")
     c = Run(**(state["config"] if state else {}) | {"out": out} | given)
     c.out = c.out or time.strftime(f"runs/{'eval' if mode == 'eval' else c.arm}-seed{c.seed}-%Y%m%d-%H%M%S")
@@ -516,22 +519,18 @@ def parse(argv):
 
 
 # ------------------------------------------------------------------------------------------ files of a run
-def save(path, write):
-    """Atomic: `write(file)` to a temporary file, flushed to the disk, then renamed."""
+def save(path, value):
+    """Atomic: to a temporary file, flushed to the disk, then renamed. A .pt file holds tensors, others JSON."""
     temporary = path.with_suffix(".tmp")
     with blame(f"{path}: cannot be written"):
         try:
             with open(temporary, "wb") as file:
-                write(file)
+                torch.save(value, file) if path.suffix == ".pt" else file.write(json.dumps(value).encode())
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-
-
-def save_json(path, value):
-    save(path, lambda file: file.write(json.dumps(value).encode()))
 
 
 def append(path, row):
@@ -540,12 +539,6 @@ def append(path, row):
         header = "" if file.tell() else ",".join(row)
         np.savetxt(file, [list(row.values())], "%.9g", delimiter=",", header=header, comments="")
 
-
-def load_checkpoint(path):
-    with blame(f"{path}: not a checkpoint of this program"):
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        Run(**state["config"] | {"device": "cpu"})                      # refuses what is no configuration
-        return {key: state[key] for key in "config names step seconds log model optimizer".split()}
 
 
 # ------------------------------------------------------------------------------------------ comparison
@@ -577,7 +570,7 @@ def compare(c, argv):
         runs[arm].append((read_object(folder / "result.json"), curve[np.isfinite(curve["heldout_loss"])]))
         require(len(runs[arm][-1][1]), f"{folder}: --ab compares held-out losses, and this run has none")
     text = table(runs)
-    save(Path(c.out) / "table.md", lambda file: file.write(text.encode()))
+    Path(c.out, "table.md").write_text(text, encoding="utf-8")
     print(text, end="")
 
 
@@ -636,7 +629,7 @@ def train(c, model, optimizer, pairs, heldout, state, rank, world):
     def checkpoint():
         now = {"step": step, "seconds": seconds, "log": log.stat().st_size if log.exists() else 0,
                "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        save(out / "checkpoint.pt", lambda file: torch.save(state | now, file))
+        save(out / "checkpoint.pt", state | now)
 
     if rank == 0:
         if log.exists():
@@ -644,7 +637,7 @@ def train(c, model, optimizer, pairs, heldout, state, rank, world):
         checkpoint()
         git = subprocess.run("git describe --always --dirty", shell=True, cwd=Path(__file__).parent,
                              capture_output=True, text=True).stdout.strip()
-        save_json(out / "config.json", asdict(c) | {"git": git})
+        save(out / "config.json", asdict(c) | {"git": git})
     routing = [p for m in model.spls().values() for p in (m.proto_weight, m.gate_weight)] if c.sars else []
     others = [p for p in model.parameters() if p not in set(routing)]
     streams = [others, routing] if routing else [others]                # clipped apart
@@ -767,8 +760,7 @@ def main(argv):
         with blame("the checkpoint is of another shape"):
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
-    if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     if mode != "eval":
         budget = f"{c.steps} steps" if c.steps else f"{c.minutes:g} minutes"
         print(f"{c.arm} on {c.device}{f' x {world}' * (world > 1)}: D={c.d_model} H={c.n_head} L={c.n_layer}"
@@ -782,7 +774,7 @@ def main(argv):
     if c.score or mode == "eval":
         result |= solve(c, model, names, rank, world)
     if rank == 0:
-        save_json(out / "result.json", result)
+        save(out / "result.json", result)
 
 
 if __name__ == "__main__":
