@@ -24,7 +24,7 @@ import spl
 import train_arc
 from block import Block, MoIE
 from dynsiha import DynSIHA, rotary, rotate
-from model import START, Config, Transformer, advance, evaluate, pi_score, positions, task_loss, unpadded
+from model import SEP, START, Config, Transformer, advance, evaluate, pi_score, positions, task_loss, unpadded
 from spl import SparseProtoLinear, goodness, jsd, mas_normalize, mas_reference, routing_loss, spl_reference
 
 HERE = Path(__file__).parent
@@ -726,16 +726,15 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_answers_are_turned_and_coloured_back(monkeypatch):
+def test_answers_are_turned_and_coloured_back():
     """A model that repeats its prompt's grid answers with the grid itself, in every view and colour table."""
-    def echo(samples, model, c):
-        return [np.append(sample.colours[sample.prompt[1:-1]], train_arc.END) for sample in samples]
-    monkeypatch.setattr(train_arc, "decode", echo)
+    model = Transformer(Config(n_task=2))
+    model.generate = lambda tokens, *_: tokens[:, 1:].where(tokens[:, 1:] != SEP, train_arc.END)
     run = train_arc.Run(device="cpu", colour_votes=3, decode_tokens=300)
     grids = [np.arange(6).reshape(2, 3), np.array([[7], [1]])]
     free = np.arange(10) > 0
     questions = [train_arc.Pair(n, free, train_arc.in_views(x, train_arc.UNKNOWN)) for n, x in enumerate(grids)]
-    found = train_arc.answer(None, questions, run)
+    found = train_arc.answer(model, questions, run)
     for grid, answers in zip(grids, found):
         assert len(answers) == 24 and all(np.array_equal(a, grid) for a in answers)
 

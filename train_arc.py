@@ -151,8 +151,9 @@ def read_tasks(folder, split):
     tasks = {}
     for name, (file, raw) in read_split(folder, split).items():
         with blame(f"{file}: task {name}"):
-            inputs, outputs = (read_grids(expect(raw, dict)["train"], "train", key) for key in ("input", "output"))
-            tasks[name] = Task(list(zip(inputs, outputs)), read_grids(raw["test"], "test", "input"))
+            demos = expect(raw, dict)["train"]
+            pairs = zip(read_grids(demos, "train", "input"), read_grids(demos, "train", "output"))
+            tasks[name] = Task(list(pairs), read_grids(raw["test"], "test", "input"))
     return tasks
 
 
@@ -181,8 +182,8 @@ def read_submission(file, tasks):
 
 
 def without_leaks(extra, asked, known=()):
-    """The `extra` tasks that share no id, set of demonstrations or test input with the `asked` ones, nor an id
-    with the `known`. No output that is asked for is needed to tell."""
+    """The `extra` tasks that share no id, set of demonstrations or test input with the `asked` ones, and no
+    id with the `known`. No output that is asked for is needed to tell."""
     def clues(task, inputs):
         demos = frozenset(str([x.tolist(), y.tolist()]) for x, y in task.train)
         return {demos, *(str(x.tolist()) for x in inputs)}
@@ -308,10 +309,11 @@ def gather(value, world):
 def answer(model, questions, c, rank=0, world=1):
     """[Pair of an input and UNKNOWN] -> for each the grids of 8 views x c.colour_votes colour tables.
 
-    Each grid is turned and coloured back; invalid outputs are left out. A task's first table changes nothing.
-    The processes share the jobs, longest prompts first, and all get every answer.
+    Each grid is turned and coloured back; invalid outputs are left out. The first table changes nothing. The
+    processes share the jobs, longest prompts first, and all get every answer. The bound on an output's length
+    comes from the format and the flags, never from the answer.
     """
-    rng, jobs, grids, found = np.random.default_rng(c.seed), [], {}, [[] for _ in questions]
+    rng, jobs, grids, device = np.random.default_rng(c.seed), [], {}, model.head.weight.device
     for task, free, views in questions:
         tables = colour_permutations(np.repeat(free[None], c.colour_votes, 0), rng)
         tables[0] = np.arange(N_VOCAB)
@@ -319,25 +321,19 @@ def answer(model, questions, c, rank=0, world=1):
     lengths = np.array([len(job.prompt) for job in jobs], dtype=int)
     order = np.argsort(lengths, kind="stable")[rank::world]
     cuts = cut(np.minimum(lengths[order] + MAX_OUTPUT, c.max_tokens), c.decode_tokens)  # columns of the cache
-    with tqdm(total=len(order), desc="decode", unit="grid", dynamic_ncols=True, disable=rank > 0) as bar:
+    bar = tqdm(total=len(order), desc="decode", unit="grid", dynamic_ncols=True, disable=rank > 0)
+    with bar, torch.compiler.set_stance("force_eager"):
         for part in filter(len, reversed(np.split(order, cuts))):
-            for j, tokens in zip(part, decode([jobs[j] for j in part], model, c)):
-                if rows := decode_grid(np.argsort(jobs[j].colours)[tokens]):
+            tokens, task, view, _ = collate([jobs[j] for j in part], device)
+            length, most = torch.from_numpy(lengths[part]).to(device), c.max_tokens - int(lengths[part].min())
+            outputs = model.generate(tokens, length, task, view, min(MAX_OUTPUT, most)).cpu().numpy()
+            for j, output in zip(part, outputs):
+                if rows := decode_grid(np.argsort(jobs[j].colours)[output]):
                     grids[j] = unview_grid(np.array(rows), jobs[j].view)
             bar.update(len(part))
     grids = {j: grid for share in gather(grids, world) for j, grid in share.items()}
-    for j in sorted(grids):                                             # in the order of the jobs, for ties
-        found[j // (N_DIHEDRAL * c.colour_votes)].append(grids[j])
-    return found
-
-
-def decode(samples, model, c):
-    """Greedy outputs (B, N) for the prompts of a batch; N is bounded by format and flags, never by an answer."""
-    tokens, task, view, _ = collate(samples, model.head.weight.device)
-    lengths = [len(sample.prompt) for sample in samples]
-    most = min(MAX_OUTPUT, c.max_tokens - min(lengths))
-    with torch.compiler.set_stance("force_eager"):
-        return model.generate(tokens, torch.tensor(lengths).to(tokens.device), task, view, most).cpu().numpy()
+    shares = np.arange(len(jobs)).reshape(len(questions), N_DIHEDRAL * c.colour_votes)
+    return [[grids[j] for j in share if j in grids] for share in shares]    # the jobs' order settles ties
 
 
 def vote(grids):
@@ -474,7 +470,7 @@ class Run:
         expected("device", self.device in devices, " or ".join(devices))
         expected("dtype", self.dtype in ("float32", "bfloat16"), "float32 or bfloat16")
         expected("split", self.split in SPLITS[1:], "evaluation or test")
-        expected("d_model", self.d_model % (2 * self.n_head) == 0, f"a multiple of twice --n-head {self.n_head}")
+        expected("d_model", self.d_model % (2 * self.n_head) == 0, f"a multiple of {2 * self.n_head}, 2 --n-head")
         expected("batch_tokens", self.batch_tokens >= world * self.max_tokens,
                  f"at least --max-tokens {self.max_tokens} for each of {world} processes")
         require(self.ffn or not self.dense, "--dense --no-ffn: the control has an FFN of its own; name one")
@@ -520,7 +516,7 @@ def parse(argv):
 
 # ------------------------------------------------------------------------------------------ files of a run
 def save(path, value):
-    """Atomic: to a temporary file, flushed to the disk, then renamed. A .pt file holds tensors, others JSON."""
+    """Atomic: to a temporary file, flushed to the disk, then renamed; tensors in a .pt file, JSON elsewhere."""
     temporary = path.with_suffix(".tmp")
     with blame(f"{path}: cannot be written"):
         try:
