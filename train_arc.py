@@ -1,13 +1,8 @@
 """Train a DynSIHA transformer on ARC, then score it.
 
     python train_arc.py --no-ffn                 attention only, on this machine's GPU or CPU
-    python train_arc.py                          with the MoIE FFN
-    python train_arc.py --dense                  the standard transformer of as many parameters as --no-ffn
-    python train_arc.py --resume runs/NAME       go on with a stopped run
-    python train_arc.py --eval runs/NAME/checkpoint.pt --show 3          score a model, draw three answers
-    python train_arc.py --ab --seeds 3           train every arm of the comparison, print its table
-    torchrun --standalone --nproc_per_node=8 train_arc.py --no-ffn       on 8 GPUs
-    python train_arc.py --help                   every flag
+    python train_arc.py                          with the MoIE FFN; --dense is the standard transformer
+    python train_arc.py --help                   every flag; --resume, --eval and --ab among them
 
 The recipe: one demonstration pair is one sequence; a learned embedding per task says which rule applies.
 Training sees the demonstrations of every task, the evaluation tasks' too, and never a test output of the
@@ -46,7 +41,6 @@ SPLITS, ATTEMPTS = ("training", "evaluation", "test"), ("attempt_1", "attempt_2"
 MONITORS = ("loss", "tokens", "grids", "active", "failed")              # of `evaluate`, for the log
 
 
-# ------------------------------------------------------------------------------------------ bad input
 class DataError(ValueError):
     """Bad input; its text names the file, the task and the fault."""
 
@@ -87,9 +81,7 @@ def unview_grid(grid, view):
 
 def colour_permutations(free, rng):
     """free (N, 10) bool: the colours that may change -> (N, 14) token tables; the rest map to themselves.
-
-    Row n shuffles its free colours among themselves: sorted by random keys they fill their own slots.
-    """
+    Row n shuffles its free colours among themselves: sorted by random keys they fill their own slots."""
     table = np.tile(np.arange(N_VOCAB, dtype=np.uint8), (len(free), 1))
     slots = np.argsort(~free, axis=1, kind="stable")
     shuffled = np.argsort(np.where(free, rng.random(free.shape), 2.0), axis=1, kind="stable")
@@ -129,18 +121,14 @@ def read_grids(values, part, key=None, length=None):
 
 def read_split(folder, split):
     """{id: (file, raw task)} of one split: Kaggle's one file, or GitHub's folder with a file for each task.
-
-    A folder of task files without splits, such as ConceptARC, is an evaluation split as a whole.
-    """
+    A folder of task files without splits, such as ConceptARC, is an evaluation split as a whole."""
     folder, tasks = Path(folder), {}
     kaggle = folder / f"arc-agi_{split}_challenges.json"
     if kaggle.exists():
         return {name: (kaggle, raw) for name, raw in read_object(kaggle).items()}
-    if any(folder.glob("arc-agi_*.json")) or any((folder / name).is_dir() for name in SPLITS):
-        folder = folder / split
-    elif split != "evaluation":
-        return {}
-    for file in sorted(folder.rglob("*.json")):
+    parted = any(folder.glob("arc-agi_*.json")) or any((folder / name).is_dir() for name in SPLITS)
+    whole = split == "evaluation" and not parted
+    for file in sorted((folder if whole else folder / split).rglob("*.json")):
         first, _ = tasks.setdefault(file.stem, (file, read_object(file)))
         require(first is file, f"{file}: task {file.stem} is in {first}, too")
     return tasks
@@ -201,9 +189,7 @@ UNKNOWN = np.empty((0, 0), np.uint8)                # the output of a question: 
 
 def collate(samples, device):
     """Samples -> tokens (B, T), task (B,), view (B,), targets (B, T), made on `device`.
-
-    The target at t is token t + 1 where that is an output token, IGNORE elsewhere.
-    """
+    The target at t is token t + 1 where that is an output token, IGNORE elsewhere."""
     flat = np.concatenate([part for s in samples for part in (s.prompt, s.answer)])
     meta = np.array([(s.task, s.view, len(s.prompt), len(s.prompt) + len(s.answer)) for s in samples]).T
     t = torch.arange(meta[3].max(), device=device)                                        # (T + 1,)
@@ -229,13 +215,10 @@ def cut(lengths, budget):
     return cuts
 
 
-def plan_epoch(pairs, batch_tokens, rng, least=2, views=N_DIHEDRAL):
-    """One epoch as lists of samples: each pair once, in a fresh view, similar lengths together.
-
-    A last list of fewer than `least` samples joins the one before: a lone one would compile anew, and every
-    process needs one.
-    """
-    view = rng.integers(views, size=len(pairs))
+def plan_epoch(pairs, batch_tokens, rng, least=2):
+    """One epoch as lists of samples: each pair once, in a fresh view, similar lengths together. A last list
+    below `least` joins the one before: a lone sample would compile anew, and every process needs one."""
+    view = rng.integers(len(pairs[0].views), size=len(pairs))
     length = np.array([sum(map(len, pair.views[v])) for pair, v in zip(pairs, view)])
     order = np.lexsort((rng.random(len(pairs)), length))
     colours = colour_permutations(np.array([pair.free for pair in pairs]), rng)
@@ -292,8 +275,8 @@ def load_data(c, device):
                     for pair in part.get(name, [])] for part in (demos, tests))
     if not c.heldout or not held:
         return list(demos), pairs + held, []
-    held = [pair._replace(free=np.zeros(10, bool)) for pair in held]    # in the first view and true colours
-    plan = plan_epoch(held, c.batch_tokens, np.random.default_rng(0), views=1)
+    held = [Pair(task, np.zeros(10, bool), views[:1]) for task, _, views in held]   # in true colours, unturned
+    plan = plan_epoch(held, c.batch_tokens, np.random.default_rng(0))
     return list(demos), pairs, [collate(samples, device) for samples in plan]
 
 
@@ -307,12 +290,9 @@ def gather(value, world):
 
 
 def answer(model, questions, c, rank=0, world=1):
-    """[Pair of an input and UNKNOWN] -> for each the grids of 8 views x c.colour_votes colour tables.
-
-    Each grid is turned and coloured back; invalid outputs are left out. The first table changes nothing. The
-    processes share the jobs, longest prompts first, and all get every answer. The bound on an output's length
-    comes from the format and the flags, never from the answer.
-    """
+    """[Pair of an input and UNKNOWN] -> for each the valid outputs in 8 views x c.colour_votes colour tables,
+    turned and coloured back; the first table changes nothing. The processes share the jobs, longest prompts
+    first, and all get every answer. Format and flags bound an output's length, never the answer."""
     rng, jobs, grids, device = np.random.default_rng(c.seed), [], {}, model.head.weight.device
     for task, free, views in questions:
         tables = colour_permutations(np.repeat(free[None], c.colour_votes, 0), rng)
@@ -470,7 +450,7 @@ class Run:
         expected("device", self.device in devices, " or ".join(devices))
         expected("dtype", self.dtype in ("float32", "bfloat16"), "float32 or bfloat16")
         expected("split", self.split in SPLITS[1:], "evaluation or test")
-        expected("d_model", self.d_model % (2 * self.n_head) == 0, f"a multiple of {2 * self.n_head}, 2 --n-head")
+        expected("d_model", self.d_model % (2 * self.n_head) == 0, f"a multiple of 2 x {self.n_head} (--n-head)")
         expected("batch_tokens", self.batch_tokens >= world * self.max_tokens,
                  f"at least --max-tokens {self.max_tokens} for each of {world} processes")
         require(self.ffn or not self.dense, "--dense --no-ffn: the control has an FFN of its own; name one")
@@ -516,7 +496,7 @@ def parse(argv):
 
 # ------------------------------------------------------------------------------------------ files of a run
 def save(path, value):
-    """Atomic: to a temporary file, flushed to the disk, then renamed; tensors in a .pt file, JSON elsewhere."""
+    """Atomic: to a temporary file, flushed to the disk, then renamed; tensors in a .pt file, else JSON."""
     temporary = path.with_suffix(".tmp")
     with blame(f"{path}: cannot be written"):
         try:
@@ -540,9 +520,8 @@ def append(path, row):
 # ------------------------------------------------------------------------------------------ comparison
 def compare(c, argv):
     """--ab: every arm with every seed, run after run, each its own process and folder; then their table.
-
-    Finished runs are kept and stopped ones go on: the same command continues, and runs made by hand count.
-    """
+    Finished runs are kept and stopped ones go on: the same command continues, and runs made by hand count."""
+    require("RANK" not in os.environ, "--ab: starts its runs itself; leave out torchrun")
     deep = round(c.n_layer * (1 + c.ffn_factor / 2))                    # as many weights as with the FFN
     arms = {"no-ffn": ["--no-ffn"], "ffn": ["--ffn"], "dense": ["--dense"],
             "no-ffn-deep": ["--no-ffn", f"--n-layer={deep}"]}
@@ -617,16 +596,16 @@ def train(c, model, optimizer, pairs, heldout, state, rank, world):
     out, log, step, seconds = Path(c.out), Path(c.out, "log.csv"), state["step"], state["seconds"]
     device = model.head.weight.device
 
-    def check_finite():
-        if not math.isfinite(norm):
-            raise DataError(f"step {step}: loss {loss:g}, gradient norm {norm:g}, learning rate {lr:.2g}; "
-                            f"a lower --lr may help; {out} keeps its last checkpoint")
-
     def checkpoint():
-        now = {"step": step, "seconds": seconds, "log": log.stat().st_size if log.exists() else 0,
-               "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        save(out / "checkpoint.pt", state | now)
+        require(math.isfinite(norm), f"step {step}: loss {loss:g}, gradient norm {norm:g}, learning rate "
+                f"{lr:.2g}; a lower --lr may help; {out} keeps its last checkpoint")
+        if rank == 0:
+            now = {"step": step, "seconds": seconds, "log": log.stat().st_size if log.exists() else 0,
+                   "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            save(out / "checkpoint.pt", state | now)
 
+    stop, shown, held, tokens, padded, route_loss = [], {}, 0.0, 0, 0, torch.tensor(math.nan)
+    loss, norm, lr, saved = math.nan, 0.0, c.lr, seconds
     if rank == 0:
         if log.exists():
             os.truncate(log, state["log"])                          # what came after is made again
@@ -636,14 +615,12 @@ def train(c, model, optimizer, pairs, heldout, state, rank, world):
         save(out / "config.json", asdict(c) | {"git": git})
     routing = [p for m in model.spls().values() for p in (m.proto_weight, m.gate_weight)] if c.sars else []
     others = [p for p in model.parameters() if p not in set(routing)]
-    streams = [others, routing] if routing else [others]                # clipped apart
     if c.compile:
         compile_blocks(c, model, pairs, rank, world)
     net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
 
-    stop, shown, held, tokens, padded, norm, route_loss = [], {}, 0.0, 0, 0, 0.0, torch.tensor(math.nan)
     handlers = {n: signal.signal(n, lambda *_: stop.append(1)) for n in (signal.SIGINT, signal.SIGTERM)}
-    start, last, saved = time.perf_counter() - seconds, seconds, seconds
+    start, last = time.perf_counter() - seconds, seconds
     bar = tqdm(total=100, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}", dynamic_ncols=True,
                disable=rank > 0)
     for epoch, batch in itertools.islice(batches(pairs, c, world), step, None):
@@ -668,6 +645,7 @@ def train(c, model, optimizer, pairs, heldout, state, rank, world):
                 route_loss = sum(routing_loss(*layer, real) for layer in seen.values()) / len(seen)
             for p, gradient in zip(routing, torch.autograd.grad(route_loss, routing)):
                 p.grad = gradient
+        streams = filter(None, (others, routing))                       # clipped apart
         norm = torch.stack([nn.utils.clip_grad_norm_(part, c.clip) for part in streams]).norm()
         optimizer.step()
         optimizer.zero_grad()
@@ -679,7 +657,6 @@ def train(c, model, optimizer, pairs, heldout, state, rank, world):
             continue
         loss, norm = sum(gather(loss.item(), world)) / world, norm.item()
         seconds = time.perf_counter() - start
-        check_finite()
         if rank == 0:
             now, later, speed = evaluate(model, [(*inputs, targets)]), {}, tokens / (seconds - last)
             if heldout and used >= held:
@@ -695,16 +672,14 @@ def train(c, model, optimizer, pairs, heldout, state, rank, world):
             shown |= {"loss": f"{loss:.3f}", "tok/s": f"{speed:.0f}"} | ({"MFU": f"{mfu:.0%}"} if mfu else {})
             bar.set_postfix(shown, refresh=False)
             bar.update(100 * used - bar.n)
-            if seconds - saved > 60 * c.save_minutes:
-                checkpoint()
-                saved = seconds
+        if seconds - saved > 60 * c.save_minutes or not math.isfinite(norm):
+            checkpoint()
+            saved = seconds
         tokens, padded, last = 0, 0, seconds
         start = time.perf_counter() - seconds                   # looking is not training: no time has passed
     bar.update(0 if stopped else 100 - bar.n)
     bar.close()
-    check_finite()
-    if rank == 0:
-        checkpoint()
+    checkpoint()
     for number, handler in handlers.items():
         signal.signal(number, handler)
     if stopped:
@@ -728,12 +703,10 @@ def summary(c, model, heldout):
 def main(argv):
     mode, c, state = parse(argv)
     if mode == "ab":
-        require("RANK" not in os.environ, "--ab: starts its runs itself; leave out torchrun")
         return compare(c, argv)
-    rank, local, world = (int(os.environ.get(name, alone))            # torchrun starts several and sets these
-                          for name, alone in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))   # torchrun sets them
     if c.device == "cuda":
-        torch.cuda.set_device(local)
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if c.device == "cuda" else "gloo")  # the clock: on CPUs
     if rank > 0:
