@@ -275,7 +275,7 @@ def load_data(c, device):
                     for pair in part.get(name, [])] for part in (demos, tests))
     if not c.heldout or not held:
         return list(demos), pairs + held, []
-    held = [Pair(task, np.zeros(10, bool), views[:1]) for task, _, views in held]   # in true colours, unturned
+    held = [Pair(task, np.zeros(10, bool), views[:1]) for task, _, views in held]  # in true colours, unturned
     plan = plan_epoch(held, c.batch_tokens, np.random.default_rng(0))
     return list(demos), pairs, [collate(samples, device) for samples in plan]
 
@@ -450,16 +450,14 @@ class Run:
         expected("device", self.device in devices, " or ".join(devices))
         expected("dtype", self.dtype in ("float32", "bfloat16"), "float32 or bfloat16")
         expected("split", self.split in SPLITS[1:], "evaluation or test")
-        expected("d_model", self.d_model % (2 * self.n_head) == 0, f"a multiple of 2 x {self.n_head} (--n-head)")
+        expected("d_model", self.d_model % (2 * self.n_head) == 0,
+                 f"a multiple of {2 * self.n_head}, twice --n-head")
         expected("batch_tokens", self.batch_tokens >= world * self.max_tokens,
                  f"at least --max-tokens {self.max_tokens} for each of {world} processes")
         require(self.ffn or not self.dense, "--dense --no-ffn: the control has an FFN of its own; name one")
         require(not self.sars or not self.dense and world == 1,
                 "--sars: needs SPLs and one process; leave out --dense and torchrun")
-
-    @property
-    def arm(self):
-        return "dense" if self.dense else "ffn" if self.ffn else "no-ffn"
+        self.arm = "dense" if self.dense else "ffn" if self.ffn else "no-ffn"
 
 
 def parse(argv):
@@ -516,7 +514,6 @@ def append(path, row):
         np.savetxt(file, [list(row.values())], "%.9g", delimiter=",", header=header, comments="")
 
 
-
 # ------------------------------------------------------------------------------------------ comparison
 def compare(c, argv):
     """--ab: every arm with every seed, run after run, each its own process and folder; then their table.
@@ -525,25 +522,26 @@ def compare(c, argv):
     deep = round(c.n_layer * (1 + c.ffn_factor / 2))                    # as many weights as with the FFN
     arms = {"no-ffn": ["--no-ffn"], "ffn": ["--ffn"], "dense": ["--dense"],
             "no-ffn-deep": ["--no-ffn", f"--n-layer={deep}"]}
+    free = {"out", "seeds", "show", "compile", "decode_tokens", "save_minutes"}             # change no result
     signal.signal(signal.SIGINT, lambda *_: None)                       # Ctrl-C is for the run in hand
     runs = {arm: [] for arm in arms}
     for seed, arm in itertools.product(range(c.seeds), arms):
         folder = Path(c.out) / f"{arm}-seed{seed}"
+        config, result = folder / "config.json", folder / "result.json"
         words = [word for word in argv if word != "--ab"] + [*arms[arm], f"--seed={seed}", f"--out={folder}"]
-        if (folder / "config.json").exists():
-            found, ours = read_object(folder / "config.json"), asdict(parse(words)[1])
-            free = {"out", "seeds", "show", "compile", "decode_tokens", "save_minutes"}     # change no result
-            other = [f"--{name.replace('_', '-')}" for name in sorted(ours.keys() - free)
-                     if found.get(name) != ours[name]]
-            require(not other, f"{folder}: a run with another {', '.join(other)}; name another --out")
-        if not (folder / "result.json").exists():
+        if config.exists():
+            found, ours = read_object(config), asdict(parse(words)[1])
+            odd = " --".join(sorted(name for name in ours.keys() - free if found.get(name) != ours[name]))
+            require(not odd, f"{folder}: a run with another --{odd.replace('_', '-')}; name another --out")
+        if not result.exists():
             words = [f"--resume={folder}"] if (folder / "checkpoint.pt").exists() else words
             status = subprocess.run([sys.executable, __file__, *words]).returncode
-            if status or not (folder / "result.json").exists():
+            if status or not result.exists():
                 sys.exit(status or 130)
         curve = np.genfromtxt(folder / "log.csv", delimiter=",", names=True)
-        runs[arm].append((read_object(folder / "result.json"), curve[np.isfinite(curve["heldout_loss"])]))
-        require(len(runs[arm][-1][1]), f"{folder}: --ab compares held-out losses, and this run has none")
+        curve = curve[np.isfinite(curve["heldout_loss"])]
+        require(len(curve), f"{folder}: --ab compares held-out losses, and this run has none")
+        runs[arm].append((read_object(result), curve))
     text = table(runs)
     Path(c.out, "table.md").write_text(text, encoding="utf-8")
     print(text, end="")
@@ -734,8 +732,8 @@ def main(argv):
         budget = f"{c.steps} steps" if c.steps else f"{c.minutes:g} minutes"
         print(f"{c.arm} on {c.device}{f' x {world}' * (world > 1)}: D={c.d_model} H={c.n_head} L={c.n_layer}"
               f", {model.n_params() / 1e6:.2f} M parameters, {c.dtype}{', compiled' * c.compile}; "
-              f"{len(pairs)} pairs of at most {c.max_tokens} tokens, {budget}, {c.batch_tokens} tokens a step;"
-              f" into {out}")
+              f"{len(pairs)} pairs of at most {c.max_tokens} tokens, {budget}, {c.batch_tokens} tokens a step"
+              f"; into {out}")
         state = state or {"config": asdict(c), "names": names, "step": 0, "seconds": 0.0, "log": 0}
         result = train(c, model, optimizer, pairs, heldout, state, rank, world)
         if not result:
