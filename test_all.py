@@ -523,7 +523,7 @@ def test_every_view_is_undone_and_the_eight_differ():
     views = [train_arc.view_grid(grid, v) for v in range(8)]
     assert len({(v.shape, v.tobytes()) for v in views}) == 8
     for v in range(8):
-        assert np.array_equal(train_arc.unview_grid(views[v], v), grid)
+        assert np.array_equal(train_arc.view_grid(views[v], train_arc.INVERSE[v]), grid)
 
 
 def test_colour_permutations_keep_0_the_grammar_and_the_fixed_and_round_trip():

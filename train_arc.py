@@ -36,7 +36,6 @@ from model import (END, IGNORE, MAX_OUTPUT, MAX_SIDE, N_VOCAB, Config, Transform
                    encode_prompt, evaluate, pair_tokens, pi_score, task_loss, unpadded)
 from spl import routing_loss
 
-N_DIHEDRAL = 8
 SPLITS, ATTEMPTS = ("training", "evaluation", "test"), ("attempt_1", "attempt_2")
 MONITORS = ("loss", "tokens", "grids", "active", "failed")              # of `evaluate`, for the log
 
@@ -69,14 +68,12 @@ def expect(value, kind, length=None):
 
 
 # ------------------------------------------------------------------------------------------ views
+N_DIHEDRAL, INVERSE = 8, (0, 3, 2, 1, 4, 5, 6, 7)   # the view that undoes each: a mirror undoes itself
+
+
 def view_grid(grid, view):
     """One of the 8 dihedral views: transposed from 4 on, then turned by view % 4 quarters."""
     return np.rot90(grid.T if view >= 4 else grid, view % 4)
-
-
-def unview_grid(grid, view):
-    grid = np.rot90(grid, -(view % 4))
-    return grid.T if view >= 4 else grid
 
 
 def colour_permutations(free, rng):
@@ -309,7 +306,7 @@ def answer(model, questions, c, rank=0, world=1):
             outputs = model.generate(tokens, length, task, view, min(MAX_OUTPUT, most)).cpu().numpy()
             for j, output in zip(part, outputs):
                 if rows := decode_grid(np.argsort(jobs[j].colours)[output]):
-                    grids[j] = unview_grid(np.array(rows), jobs[j].view)
+                    grids[j] = view_grid(np.array(rows), INVERSE[jobs[j].view])
             bar.update(len(part))
     grids = {j: grid for share in gather(grids, world) for j, grid in share.items()}
     shares = np.arange(len(jobs)).reshape(len(questions), N_DIHEDRAL * c.colour_votes)
