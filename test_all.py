@@ -733,10 +733,10 @@ def test_answers_are_turned_and_coloured_back():
     run = train_arc.Run(device="cpu", colour_votes=3, decode_tokens=300)
     grids = [np.arange(6).reshape(2, 3), np.array([[7], [1]])]
     free = np.arange(10) > 0
-    questions = [train_arc.Pair(n, free, train_arc.in_views(x, train_arc.UNKNOWN)) for n, x in enumerate(grids)]
+    questions = {n: train_arc.Pair(n, free, train_arc.in_views(x, train_arc.UNKNOWN)) for n, x in enumerate(grids)}
     found = train_arc.answer(model, questions, run)
-    for grid, answers in zip(grids, found):
-        assert len(answers) == 24 and all(np.array_equal(a, grid) for a in answers)
+    for n, grid in enumerate(grids):
+        assert len(found[n]) == 24 and all(np.array_equal(a, grid) for a in found[n])
 
 
 @pytest.mark.parametrize("github", [False, True])

@@ -287,11 +287,11 @@ def gather(value, world):
 
 
 def answer(model, questions, c, rank=0, world=1):
-    """[Pair of an input and UNKNOWN] -> for each the valid outputs in 8 views x c.colour_votes colour tables,
+    """{key: Pair of an input and UNKNOWN} -> {key: valid outputs in 8 views x c.colour_votes colour tables},
     turned and coloured back; the first table changes nothing. The processes share the jobs, longest prompts
     first, and all get every answer. Format and flags bound an output's length, never the answer."""
     rng, jobs, grids, device = np.random.default_rng(c.seed), [], {}, model.head.weight.device
-    for task, free, views in questions:
+    for task, free, views in questions.values():
         tables = colour_permutations(np.repeat(free[None], c.colour_votes, 0), rng)
         tables[0] = np.arange(N_VOCAB)
         jobs += [Sample(task, v, table, *views[v]) for table in tables for v in range(N_DIHEDRAL)]
@@ -309,8 +309,8 @@ def answer(model, questions, c, rank=0, world=1):
                     grids[j] = view_grid(np.array(rows), INVERSE[jobs[j].view])
             bar.update(len(part))
     grids = {j: grid for share in gather(grids, world) for j, grid in share.items()}
-    shares = np.arange(len(jobs)).reshape(len(questions), N_DIHEDRAL * c.colour_votes)
-    return [[grids[j] for j in share if j in grids] for share in shares]    # the jobs' order settles ties
+    shares = np.arange(len(jobs)).reshape(len(questions), N_DIHEDRAL * c.colour_votes)  # in order, for ties
+    return {key: [grids[j] for j in share if j in grids] for key, share in zip(questions, shares)}
 
 
 def vote(grids):
@@ -354,7 +354,7 @@ def solve(c, model, names, rank=0, world=1):
     questions = {(name, i): Pair(index[name], free_colours(task, c.permute_colours), in_views(x, UNKNOWN))
                  for name, task in tasks.items() if name in index
                  for i, x in enumerate(task.test) if pair_tokens(x, x[:1, :1]) <= c.max_tokens}
-    grids = dict(zip(questions, answer(model, list(questions.values()), c, rank, world)))
+    grids = answer(model, questions, c, rank, world)
     if rank > 0:
         return {}
     file = Path(c.out) / "submission.json"
@@ -652,6 +652,8 @@ def train(c, model, optimizer, pairs, heldout, state, rank, world):
             continue
         loss, norm = sum(gather(loss.item(), world)) / world, norm.item()
         seconds = time.perf_counter() - start
+        if not math.isfinite(norm):
+            checkpoint()                                        # refuses, before anything is logged
         if rank == 0:
             now, later, speed = evaluate(model, [(*inputs, targets)]), {}, tokens / (seconds - last)
             if heldout and used >= held:
@@ -667,7 +669,7 @@ def train(c, model, optimizer, pairs, heldout, state, rank, world):
             shown |= {"loss": f"{loss:.3f}", "tok/s": f"{speed:.0f}"} | ({"MFU": f"{mfu:.0%}"} if mfu else {})
             bar.set_postfix(shown, refresh=False)
             bar.update(100 * used - bar.n)
-        if seconds - saved > 60 * c.save_minutes or not math.isfinite(norm):
+        if seconds - saved > 60 * c.save_minutes:
             checkpoint()
             saved = seconds
         tokens, padded, last = 0, 0, seconds
