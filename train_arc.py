@@ -609,7 +609,7 @@ def train(c, model, optimizer, pairs, heldout, state, rank, world):
                              capture_output=True, text=True).stdout.strip()
         save(out / "config.json", asdict(c) | {"git": git})
     routing = [p for m in model.spls().values() for p in (m.proto_weight, m.gate_weight)] if c.sars else []
-    others = [p for p in model.parameters() if p not in set(routing)]
+    others = [p for p in model.parameters() if p not in set(routing)]   # the two are clipped apart
     if c.compile:
         compile_blocks(c, model, pairs, rank, world)
     net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
@@ -640,8 +640,7 @@ def train(c, model, optimizer, pairs, heldout, state, rank, world):
                 route_loss = sum(routing_loss(*layer, real) for layer in seen.values()) / len(seen)
             for p, gradient in zip(routing, torch.autograd.grad(route_loss, routing)):
                 p.grad = gradient
-        streams = filter(None, (others, routing))                       # clipped apart
-        norm = torch.stack([nn.utils.clip_grad_norm_(part, c.clip) for part in streams]).norm()
+        norm = torch.stack([nn.utils.clip_grad_norm_(p, c.clip) for p in (others, routing) if p]).norm()
         optimizer.step()
         optimizer.zero_grad()
         # ----
@@ -712,8 +711,7 @@ def main(argv):
     torch.set_float32_matmul_precision("high")          # TF32 where bfloat16 does not reach
     torch.backends.cuda.enable_cudnn_sdp(False)         # it plans anew for each of thousands of shapes
     out, device, result = Path(c.out), torch.device(c.device), {}
-    found = [file for file in out.glob("*") if file.suffix != ".tmp"]
-    require(rank > 0 or mode == "resume" or not found,
+    require(rank > 0 or mode == "resume" or all(file.suffix == ".tmp" for file in out.glob("*")),
             f"--out {out}: is not empty; name another folder, or go on with a run in it: --resume {out}")
     names, pairs, heldout = (state["names"], None, None) if mode == "eval" else load_data(c, device)
     model = Transformer(Config(
