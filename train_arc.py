@@ -16,6 +16,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -54,7 +55,7 @@ def blame(where):
     """An error inside becomes a DataError of one line that begins with `where`; nested, they say where."""
     try:
         yield
-    except Exception as e:
+    except (ValueError, TypeError, LookupError, RuntimeError, OSError, EOFError, pickle.UnpicklingError) as e:
         fault = f"no {e}" if isinstance(e, KeyError) else " ".join(str(e).split())[:300]
         raise DataError(f"{where}: {fault}") from None
 
@@ -92,8 +93,10 @@ Task = namedtuple("Task", "train test")     # demonstrations [(input, output)]; 
 
 def read_object(path):
     """The JSON object in `path`."""
-    with blame(f"{path}: not JSON of an object"):
-        return expect(json.loads(path.read_text(encoding="utf-8")), dict)
+    with blame(f"{path}: not JSON"):
+        value = json.loads(path.read_text(encoding="utf-8"))
+    with blame(path):
+        return expect(value, dict)
 
 
 def read_grid(value):
@@ -145,13 +148,13 @@ def read_tasks(folder, split):
 def read_solutions(folder, split, tasks):
     """{id: [test output, ...]} of a split's `tasks`, from its file or inline; empty if it has none."""
     file, solutions = Path(folder) / f"arc-agi_{split}_solutions.json", {}
+    inline = {} if file.exists() else read_split(folder, split)
     found = read_object(file) if file.exists() else {
-        name: [pair["output"] for pair in raw["test"] if "output" in pair]
-        for name, (_, raw) in read_split(folder, split).items()}
+        name: [pair["output"] for pair in raw["test"] if "output" in pair] for name, (_, raw) in inline.items()}
     if not any(found.values()):
         return solutions
     for name, task in tasks.items():
-        with blame(f"{file if file.exists() else folder}: task {name}"):
+        with blame(f"{inline[name][0] if inline else file}: task {name}"):
             solutions[name] = read_grids(found.get(name), "solutions", length=len(task.test))
     return solutions
 
