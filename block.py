@@ -66,7 +66,8 @@ if __name__ == "__main__":
     device = "cuda" if torch.cuda.is_available() else "cpu"
     B, D, H, calls = (64, 256, 8, 10) if device == "cuda" else (4, 256, 8, 1)
     print(f"Block at B={B} D={D} on {device}, forward and backward: what leaving out the FFN saves")
-    print(f"{'T':>6} {'f':>3} {'weights':>9} {'without':>9} {'with':>9} {'speed-up':>9} {'formula':>8} {'control':>11}")
+    print(f"{'T':>6} {'f':>3} {'weights':>9} {'without':>9} {'with':>9} {'speed-up':>9} {'formula':>8} "
+          f"{'control':>11}")
     for T in (256, 1024):
         rope = rotary(torch.arange(T, device=device).expand(B, T)[..., None], D // H)
         x = torch.randn(B, T, D, device=device, requires_grad=True)

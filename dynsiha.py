@@ -4,11 +4,11 @@
     y       = softmax(rot(q) rot(k)ᵀ / √h + causal mask) v      horizontal attention: token -> tokens
     out     = SPL_o(y)
 
-It attends twice. Inside each SPL, vertically: x is the query, the rows of W_p are the keys and the rows of W_mu
-the values. Then horizontally, token to tokens. Read as a Bayesian update: (W_p, W_mu) is the prior, the sparse
-q, k, v the likelihood, the output the posterior.
+It attends twice. Inside each SPL, vertically: x is the query, the rows of W_p are the keys and the rows of
+W_mu the values. Then horizontally, token to tokens. Read as a Bayesian update: (W_p, W_mu) is the prior, the
+sparse q, k, v the likelihood, the output the posterior.
 
-Symbols   B batch, T tokens, S cached tokens, D width, H heads, h = D/H head width, A position axes.
+Symbols   B batch, T tokens, S slots of the cache that are read, D width, H heads, h = D/H, A position axes.
 Cost      4 SPLs: 12·D² multiply-adds per token, plus 2·T·D for the attention itself.
 Source    DynSIHA is the attention of Tiny-ONN; rotary positions: Su et al. 2021, arXiv:2104.09864.
 Copy      this file and spl.py.
@@ -27,7 +27,8 @@ from spl import SparseProtoLinear, bench, forward_backward
 def rotary(pos, h, base=100.0):
     """(cos, sin) of the angles of positions pos (B, T, A), each (B, 1, T, h/2).
 
-    The channel pairs are dealt to the A axes in turn. The base is 100, not 10000: a grid's coordinates end at 30.
+    The channel pairs are dealt to the A axes in turn. The base is 100, not 10000: a grid's coordinates end
+    at 30.
     """
     A, pair = pos.shape[-1], torch.arange(h // 2, device=pos.device)
     frequency = base ** -(pair // A * A * 2 / h)
@@ -36,16 +37,16 @@ def rotary(pos, h, base=100.0):
 
 
 def rotate(x, cos, sin):
-    """Turns each channel pair of x (B, H, T, h) by its token's angle: q·k feels position differences alone."""
+    """Turns each channel pair of x (B, H, T, h) by its token's angle: q·k feels differences of position."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
 
 
 class KVCache:
-    """The keys and values of one layer, preallocated for S_max tokens; `append` fills the next columns.
+    """The keys and values of one layer, in S_max slots made beforehand; `append` fills the next ones.
 
-    The next column is a tensor and the width read is the caller's: one step of decoding is the same program as
-    the step before, so that a CUDA graph can hold it.
+    `length` is a tensor, and S, the number of slots to read, the caller's: which of them are filled is the
+    mask's business. So each step of decoding runs the same kernels, and a CUDA graph can hold it.
     """
 
     def __init__(self, B, H, S_max, h, device=None, dtype=None):
@@ -54,7 +55,7 @@ class KVCache:
         self.length = torch.zeros((), dtype=torch.long, device=device)
 
     def append(self, k, v, S):
-        """k, v (B, H, T, h) of the next T columns -> the first S columns of all keys and values, (B, H, S, h)."""
+        """k, v (B, H, T, h) go into the next T slots -> the first S slots of all, each (B, H, S, h)."""
         at = self.length + torch.arange(k.shape[2], device=k.device)
         self.k.index_copy_(2, at, k)
         self.v.index_copy_(2, at, v)
@@ -63,7 +64,10 @@ class KVCache:
 
 
 def captured(step):
-    """`step`, which must have run before, as one CUDA graph: it reads and writes the same tensors at each call."""
+    """`step`, which must have run before, as one CUDA graph: a call launches its kernels together.
+
+    They read and write the tensors that `step` uses now; the caller keeps these.
+    """
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = step()
@@ -85,14 +89,14 @@ class DynSIHA(nn.Module):
         self.q, self.k, self.v, self.o = (linear(d_model, d_model) for _ in range(4))
 
     def forward(self, x, rope, cache=None, mask=None):
-        """rope: (cos, sin) of `rotary`. mask (B, 1, T, S): the columns each token may read; None is causal,
+        """rope: (cos, sin) of `rotary`. mask (B, 1, T, S): the slots each token may read; None is causal,
         and needs an empty cache."""
         B, T, D = x.shape
-        q, k, v = (f(x).view(B, T, self.n_head, -1) for f in (self.q, self.k, self.v))           # (B, T, H, h)
+        q, k, v = (f(x).view(B, T, self.n_head, -1) for f in (self.q, self.k, self.v))          # (B, T, H, h)
         q, k, v = rotate(q.transpose(1, 2), *rope), rotate(k.transpose(1, 2), *rope), v.transpose(1, 2)
         if cache is not None:
-            k, v = cache.append(k, v, T if mask is None else mask.shape[-1])                     # (B, H, S, h)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)      # (B, H, T, h)
+            k, v = cache.append(k, v, T if mask is None else mask.shape[-1])                    # (B, H, S, h)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)     # (B, H, T, h)
         return self.o(y.transpose(1, 2).reshape(B, T, D))
 
 
@@ -110,12 +114,13 @@ if __name__ == "__main__":
         print(f"  {linear:10} {weights:3}·D² weights {1000 * t[name]:8.2f} ms  {t[name] / t['dense']:5.2f}x")
     cache, y = KVCache(B, H, T, D // H, device), sparse(x, rope)
     mask = torch.ones(B, 1, 1, 8, dtype=torch.bool, device=device)
-    steps = [sparse(x[:, i:i + 1], [r[:, :, i:i + 1] for r in rope], cache, mask[..., :i + 1]) for i in range(8)]
+    steps = [sparse(x[:, i:i + 1], [r[:, :, i:i + 1] for r in rope], cache, mask[..., :i + 1])
+             for i in range(8)]
     error = (torch.cat(steps, 1) - y[:, :8]).abs().max()
     print(f"Token by token through the cache the output differs by at most {error:.1e}")
     assert y.shape == (B, T, D)
 
-    # Both attentions on a real pair, the first of ARC's training task 0d3d703e: recolour each column by a fixed map.
+    # Both attentions on a real pair, the first of ARC's training task 0d3d703e: a fixed map of colours.
     grids = [[3, 1, 2]] * 3, [[4, 5, 6]] * 3
     names, pos = ["<start>"], [(0, 0, 0)]
     for role, grid in enumerate(grids):
@@ -125,22 +130,22 @@ if __name__ == "__main__":
         names.append(("<sep>", "<end>")[role])
         pos.append((len(grid), 0, role))
     vocabulary = [*"0123456789", "<start>", "<nl>", "<sep>", "<end>"]
-    if len(sys.argv) > 1:                               # block 0 of a run of train_arc.py, not of its dense control
+    if len(sys.argv) > 1:                               # block 0 of a run of train_arc.py, but not of --dense
         state = torch.load(sys.argv[1], map_location="cpu", weights_only=True)
         weights, H, task = state["model"], state["config"]["n_head"], state["names"].index("0d3d703e")
         embedding = weights["token.weight"] + weights["view.weight"][0] + weights["task.weight"][task]
         layer, head = DynSIHA(embedding.shape[1], H), "blocks.0.attn."
-        layer.load_state_dict({name.removeprefix(head): w for name, w in weights.items() if name.startswith(head)})
+        layer.load_state_dict({name.removeprefix(head): w for name, w in weights.items() if head in name})
         scale = weights["blocks.0.attn_norm.weight"]
     else:
         embedding, layer, scale = torch.randn(14, D), DynSIHA(D, H), torch.ones(D)
     with torch.no_grad():
         D, t = embedding.shape[1], names.index("<sep>")
-        x = F.rms_norm(embedding[[vocabulary.index(name) for name in names]], (D,), scale)[None]     # (1, T, D)
+        x = F.rms_norm(embedding[[vocabulary.index(name) for name in names]], (D,), scale)[None]  # (1, T, D)
         rope = rotary(torch.tensor([pos]), D // H)
         q, k, v = (f(x).view(1, -1, H, D // H).transpose(1, 2) for f in (layer.q, layer.k, layer.v))
-        scores = rotate(q, *rope) @ rotate(k, *rope).mT / (D // H) ** 0.5                            # (1, H, T, T)
-        weight = scores[0, :, t, :t + 1].softmax(-1)                                                # (H, t + 1)
+        scores = rotate(q, *rope) @ rotate(k, *rope).mT / (D // H) ** 0.5                       # (1, H, T, T)
+        weight = scores[0, :, t, :t + 1].softmax(-1)                                            # (H, t + 1)
         y = F.scaled_dot_product_attention(rotate(q, *rope), rotate(k, *rope), v, is_causal=True)
         inputs = {"q": x, "k": x, "v": x, "o": y.transpose(1, 2).reshape(1, -1, D)}
     source = "".join(sys.argv[1:]) or "a random layer (name a checkpoint for a trained one)"
@@ -152,5 +157,5 @@ if __name__ == "__main__":
         print(f"    {name}: {(M > 0).sum()} of {D};  {top}")
     print("  second, token -> tokens: where its heads look, token at (row, column, role) and weight")
     for head in range(min(H, 4)):
-        top = "  ".join(f"{names[s]} at {pos[s]}: {weight[head, s]:.2f}" for s in weight[head].topk(3).indices.tolist())
-        print(f"    head {head}: {top}")
+        best = weight[head].topk(3).indices.tolist()
+        print(f"    head {head}:", "  ".join(f"{names[s]} at {pos[s]}: {weight[head, s]:.2f}" for s in best))

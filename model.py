@@ -31,12 +31,12 @@ START, NL, SEP, END, N_VOCAB = 10, 11, 12, 13, 14       # 0..9 are the colours
 MAX_SIDE = 30                                           # rows and columns of a grid, at most
 MAX_OUTPUT = MAX_SIDE * (MAX_SIDE + 1) + 1              # 30 rows of 30 cells and <nl>, then <end>
 IGNORE = -100                                           # the target of a token that is not scored
-STRIDE = 64                                             # columns by which decoding reads more of its cache
+STRIDE = 64                                             # slots by which decoding reads more of its cache
 # dense bfloat16 FLOP/s, from the data sheets
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "4090": 165e12, "5090": 210e12}
 
 
-# ------------------------------------------------------------------------------------------ grids and positions
+# ---------------------------------------------------------------------------------------- grids and positions
 def encode_grid(grid, stop):
     """(h, w) array -> its h·(w+1) + 1 tokens: rows, each closed by <nl>, then `stop`."""
     return [token for row in grid.tolist() for token in (*row, NL)] + [stop]
@@ -87,7 +87,7 @@ class Config:
     n_task: int = 1         # task embeddings
     n_view: int = 8         # view embeddings
     d_model: int = 128      # D
-    n_head: int = 4         # H
+    n_head: int = 2         # H
     n_layer: int = 4        # L
     ffn_factor: int = 1     # f of MoIE; 0 leaves the FFN out
     dense: bool = False     # nn.Linear attention and a 4x GELU FFN: the control of 12·D² weights per block
@@ -161,7 +161,7 @@ class Transformer(nn.Module):
         return sum(p.numel() for part in (self.blocks, self.norm, self.head) for p in part.parameters())
 
     def flops_per_token(self, T):
-        """Forward FLOPs per token at length T, products alone: 2 per weight, 4·T·D per layer of attention."""
+        """Forward FLOPs per token at length T, products alone: 2 a weight, 4·T·D a layer, as if unmasked."""
         weights = sum(p.numel() for m in (self.blocks, self.head) for p in m.parameters() if p.ndim == 2)
         return 2 * weights + 4 * T * self.config.d_model * self.config.n_layer
 
@@ -173,12 +173,12 @@ class Transformer(nn.Module):
 
     @torch.inference_mode()
     def generate(self, tokens, lengths, task, view, max_new, end=END, limit=MAX_SIDE, return_logits=False):
-        """Greedy continuation of right-padded prompts, all rows at once -> (B, N <= max_new), `end` fills up.
+        """Greedy continuation of right-padded prompts, all at once -> (B, N <= max_new), filled with `end`.
 
-        tokens (B, P), lengths (B,). A row ends with `end`, or where its row or column exceeds `limit`.
-        New tokens are cached in the columns after P for every row. Positions travel as angles, so a column
-        means nothing: the mask alone says what a row reads, never its padding. It widens STRIDE columns at a
-        time; between, each step is one program on the same memory, launched as one graph on CUDA.
+        tokens (B, P), lengths (B,). A row ends with `end`, or where its grid exceeds `limit` a side. Its new
+        tokens are cached in the slots after P. Positions travel as angles, so a slot means nothing: the mask
+        alone says what is read, never the padding. The slots read grow by STRIDE; on CUDA, the first step of
+        a size runs as it stands, and the others are a graph of it.
         """
         (B, P), c, device = tokens.shape, self.config, tokens.device
         dtype = torch.bfloat16 if c.dtype == "bfloat16" else self.head.weight.dtype
@@ -188,23 +188,23 @@ class Transformer(nn.Module):
         logits, token, now = self(tokens, task, view, pos, caches)[last], tokens[last], pos[last]
         mask = (torch.arange(size, device=device) < lengths[:, None])[:, None, None]       # (B, 1, 1, size)
         out, all_logits, done = [], [], torch.zeros(B, dtype=torch.bool, device=device)
-        for column in range(P, P + max_new):
+        for slot in range(P, P + max_new):
             now.copy_(advance(token, now))                                            # (B, 3)
             token.copy_(logits.argmax(-1).masked_fill(done, end))                     # (B,)
             done = done | (token == end) | (now > limit).any(-1)
             out.append(token.clone())
-            all_logits.append(logits.clone())
-            if done.all() or column == P + max_new - 1:
+            if return_logits:
+                all_logits.append(logits.clone())
+            if done.all() or slot == P + max_new - 1:
                 break
-            mask[..., column] = True
-            if column > P and column % STRIDE:
-                logits = step()[:, -1]
-            else:                                                                     # the mask widens
-                read = mask[..., :(column // STRIDE + 1) * STRIDE]
+            mask[..., slot], grows = True, slot == P or slot % STRIDE == 0
+            if grows:
+                read = mask[..., :(slot // STRIDE + 1) * STRIDE]
                 step = partial(self, token[:, None], task, view, now[:, None], caches, read)
-                logits, step = step()[:, -1], captured(step) if tokens.is_cuda else step
-        out = torch.stack(out, dim=1)
-        return (out, torch.stack(all_logits, dim=1)) if return_logits else out
+            logits = step()[:, -1]
+            if grows and tokens.is_cuda:
+                step = captured(step)
+        return (torch.stack(out, 1), torch.stack(all_logits, 1)) if return_logits else torch.stack(out, 1)
 
 
 # ------------------------------------------------------------------------------------------ loss and monitors
@@ -227,8 +227,8 @@ def pi_score(loss, entropy, grad_norm, a=1.0, c=0.5):
 @torch.no_grad()
 def evaluate(model, batches):
     """Means over `batches` of (tokens, task, view, targets). Per target: loss, entropy, tokens (share right);
-    per row: grids (share right throughout); per token up to a row's last target, for each SPL and for their mean:
-    active (share of M > 0) and failed (routing failure: no neuron active)."""
+    per row: grids (share right throughout); per token up to a row's last target, for each SPL and for their
+    mean: active (share of M > 0) and failed (routing failure: no neuron active)."""
     sums, n = Counter(), Counter()
     model.eval()
     with model.watch() as seen, model.autocast(), torch.compiler.set_stance("force_eager"):
@@ -253,8 +253,8 @@ def evaluate(model, batches):
 
 if __name__ == "__main__":
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokens, zero = torch.randint(14, (64, 32), device=device), torch.zeros(64, dtype=torch.long, device=device)
-    (B, T), new = tokens.shape, 40
+    B, T, new = 64, 32, 40
+    tokens, zero = torch.randint(14, (B, T), device=device), torch.zeros(B, device=device).long()
     print(f"A model of D=128, L=4 on {device}: a training step on {B} sequences of {T} tokens")
     print(f"{'':10} {'parameters':>11} {'FLOPs/token':>12} {'ms':>7}")
     models = {"no FFN": Config(ffn_factor=0), "MoIE f=1": Config(), "dense": Config(dense=True)}

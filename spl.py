@@ -7,12 +7,12 @@
     M       = mas(logits)                    routing mask, in [0, 1]
     Y_out   = Y_comp ⊙ M
 
-    mas(z)  = relu(z / max_j |z_j|)          over the last axis; a row of zeros stays a row of zeros
+    mas(z)  = relu(z / max_j |z_j|)          max-abs scaling over the last axis; zeros stay zeros
 
 Symbols   x (..., D_in), Y (..., D_out); mu_weight, proto_weight and gate_weight are W_mu, W_p and W_g,
           each (D_out, D_in) as in nn.Linear.
 Cost      3·D_in·D_out multiply-adds, of which the routing is two thirds.
-Source    SPL is the layer of Tiny-ONN; this file is written anew from the equations above.
+Source    SPL is the layer of Tiny-ONN, github.com/dmf-archive/Tiny-ONN; written anew from its equations.
 Copy      this file alone; it needs torch. Use it like nn.Linear.
 Run       python spl.py
 """
@@ -33,8 +33,8 @@ class _MAS(torch.autograd.Function):
 
     n = z / max|z|;  dL/dz_i = (g_i·[n_i > 0] − [|n_i| = 1]·n_i·Σ_k g_k relu(n_k) / ties) / max|z|
 
-    Autograd's amax looks for the entry that equals the maximum. Compiled in bfloat16 one of the two is rounded,
-    none is found, and 0/0 makes the gradient NaN; so |n_i| = 1 is taken to a rounding error here.
+    Autograd's amax looks for the entry that equals the maximum. Compiled in bfloat16 one of the two is
+    rounded, none is found, and 0/0 makes the gradient NaN; so |n_i| = 1 is taken to a rounding error here.
     """
 
     @staticmethod
@@ -89,11 +89,11 @@ class SparseProtoLinear(nn.Module):
     @torch.no_grad()
     def reset_parameters(self):
         bound = 1 / math.sqrt(self.in_features)
-        self.mu_weight.normal_(std=2 * bound)          # the mask halves the neurons and scales the rest below 1
+        self.mu_weight.normal_(std=2 * bound)          # the mask stops half of the neurons, shrinks others
         self.mu_bias.zero_()
         self.proto_weight.uniform_(-bound, bound)      # small: the learned match must outgrow the random one
-        # The gate starts as the opposite of the prototype, costly where that mismatches, plus noise. W_g = 0 sits
-        # on relu's corner and never learns; W_g = -W_p alone charges no active neuron and hardly learns either.
+        # The gate starts as the opposite of the prototype, costly where that mismatches, plus noise. W_g = 0
+        # sits on relu's corner and never learns; W_g = -W_p alone charges no active neuron and hardly learns.
         self.gate_weight.uniform_(-0.3 * bound, 0.3 * bound).sub_(self.proto_weight)
 
     def paths(self, x):
@@ -101,7 +101,8 @@ class SparseProtoLinear(nn.Module):
         scale = 1 / math.sqrt(self.in_features)
         weight = torch.cat((self.mu_weight, self.proto_weight * scale, self.gate_weight))  # (3·D_out, D_in)
         Y, V_match, L_gate = F.linear(x, weight).split(self.out_features, dim=-1)
-        return Y + self.mu_bias.to(Y.dtype), V_match, L_gate       # a bias in the GEMM would cost a sum over all three
+        Y_comp = Y + self.mu_bias.to(Y.dtype)              # a bias in the GEMM would have to be 3·D_out long
+        return Y_comp, V_match, L_gate
 
     def route(self, x):
         """(logits, M), each (..., D_out): the routing alone, for monitoring."""
@@ -120,8 +121,8 @@ class SparseProtoLinear(nn.Module):
 
 # ---- SARS (Surprise-Aware Routing Shaping): routing learns to fire the neurons that are worth it ----
 def goodness(e, r, k, eps=0.01):
-    """A neuron's worth, mas(mas(e)·mas(r)) / (mas(k) + eps), from its contribution e = ‖Y_out_j‖, its relevance
-    r = ‖dLoss/dY_comp_j‖ and its learning cost k = ‖dLoss/dW_mu_j‖; each (D_out,), over all tokens of a batch."""
+    """A neuron's worth, mas(mas(e)·mas(r)) / (mas(k) + eps), from its contribution e = ‖Y_out_j‖, relevance
+    r = ‖dLoss/dY_comp_j‖ and learning cost k = ‖dLoss/dW_mu_j‖; each (D_out,), over all tokens of a batch."""
     return mas_normalize(mas_normalize(e) * mas_normalize(r)) / (mas_normalize(k) + eps)
 
 
@@ -135,12 +136,13 @@ def jsd(p, q):
 def routing_loss(spl, x, Y_out, real):
     """L_route = mean over tokens of JSD(M / ΣM ‖ goodness / Σ goodness), after the task loss's backward pass.
 
-    x (..., D_in) and Y_out (..., D_out) are the layer's, Y_out.grad kept; real (...,) is 0 for padding, which counts
-    in nothing. It reaches W_p and W_g alone. A token whose mask is all 0 has L_route = ln 2 / 2 and no gradient.
+    x (..., D_in) and Y_out (..., D_out) are the layer's, Y_out.grad kept; real (...,) is 0 for padding, which
+    counts in nothing. It reaches W_p and W_g alone. A token whose mask is all 0 has L_route = ln 2 / 2 and no
+    gradient.
     """
     def normalized(z):
         return z / z.sum(-1, keepdim=True).clamp_min(torch.finfo(z.dtype).tiny)
-    M, real = spl.route(x.detach())[1].float(), real.unsqueeze(-1)                        # (..., D_out), (..., 1)
+    M, real = spl.route(x.detach())[1].float(), real.unsqueeze(-1)                    # (..., D_out), (..., 1)
     e, r = ((z.detach().float() * real).flatten(0, -2).norm(dim=0) for z in (Y_out, Y_out.grad * M.detach()))
     G = goodness(e, r, spl.mu_weight.grad.norm(dim=1))
     return (jsd(normalized(M), normalized(G)) * real[..., 0]).sum() / real.sum()
@@ -160,7 +162,7 @@ def bench(candidates, seconds=3.0, calls=1):
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             times[name].append((time.perf_counter() - begin) / calls)
-        if i == 1:                                                 # two rounds of warm-up, compilation included
+        if i == 1:                                              # two rounds of warm-up, compilation included
             times, start = {name: [] for name in candidates}, time.perf_counter()
         if i >= 4 and time.perf_counter() - start > seconds:
             return {name: statistics.median(t) for name, t in times.items()}
@@ -175,15 +177,15 @@ def forward_backward(layer, x):
 if __name__ == "__main__":
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype, N, calls = (torch.bfloat16, 2**18, 10) if device == "cuda" else (torch.float32, 4096, 1)
-    compiler = device == "cuda" or shutil.which("c++")
-    print(f"What an SPL costs, forward and backward, {N} tokens, {dtype}, {device}; 1.00 is one F.linear to 3·D")
+    compiler = device == "cuda" or shutil.which("g++")
+    print(f"What an SPL costs, forward and backward, {N} tokens, {dtype}, {device}; 1 is one F.linear to 3·D")
     print(f"{'D':>6} {'dense layer':>12} {'to 3D':>6} {'SPL':>6} {'compiled':>9} {'literal':>8} "
           f"{'ms to 3D':>9} {'active':>7}")
     for D in (128, 256, 768):
         x = torch.randn(N, D, device=device, dtype=dtype, requires_grad=True)
         layers = SparseProtoLinear(D, D), nn.Linear(D, D), nn.Linear(D, 3 * D)
         spl, dense, triple = (layer.to(device, dtype) for layer in layers)
-        literal = (lambda x, p=spl: spl_reference(x, p.mu_weight, p.mu_bias, p.proto_weight, p.gate_weight)[0])
+        literal = (lambda x, p=spl: spl_reference(x, *p.parameters())[0])
         layers = {"dense": dense, "triple": triple, "spl": spl, "literal": literal}
         if compiler:
             layers["compiled"] = torch.compile(spl)
@@ -191,12 +193,14 @@ if __name__ == "__main__":
         ratio = {name: seconds / t["triple"] for name, seconds in t.items()}
         active = (spl.route(x)[1] > 0).float().mean()
         print(f"{D:6} {ratio['dense']:12.2f} {1:6.2f} {ratio['spl']:6.2f} "
-              f"{ratio.get('compiled', math.nan):9.2f} {ratio['literal']:8.2f} {1000 * t['triple']:9.2f} {active:7.0%}")
+              f"{ratio.get('compiled', math.nan):9.2f} {ratio['literal']:8.2f} {1000 * t['triple']:9.2f} "
+              f"{active:7.0%}")
 
     print("\nOne SPL output computes XOR, which relu of a linear map cannot:")
     print("W_mu = [-1, -1], b_mu = 2, W_p = [1, 1], W_g = 0")
     x = torch.tensor([[0., 0.], [0., 1.], [1., 0.], [1., 1.]])
-    y = spl_reference(x, torch.tensor([[-1., -1.]]), torch.tensor([2.]), torch.ones(1, 2), torch.zeros(1, 2))[0]
+    weights = torch.tensor([[-1., -1.]]), torch.tensor([2.]), torch.ones(1, 2), torch.zeros(1, 2)
+    y = spl_reference(x, *weights)[0]
     for row, value in zip(x.tolist(), y):
         print(f"  {row} -> {value.item():g}")
     assert y.shape == (4, 1) and y.flatten().tolist() == [0, 1, 1, 0]

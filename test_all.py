@@ -739,6 +739,18 @@ def test_answers_are_turned_and_coloured_back():
         assert len(found[n]) == 24 and all(np.array_equal(a, grid) for a in found[n])
 
 
+@pytest.mark.parametrize("decode_tokens", [1, 10**6])
+def test_an_answer_does_not_depend_on_the_prompts_beside_it(decode_tokens):
+    """An output of 12 tokens fits into 20 after a prompt of 2 cells and not after one of 8, in whatever batch."""
+    model, run = Transformer(Config(n_task=2)), train_arc.Run(device="cpu", max_tokens=20, decode_tokens=decode_tokens)
+    output = train_arc.encode_grid(np.ones((1, 10), np.uint8), train_arc.END)
+    model.generate = lambda tokens, lengths, task, view, most: torch.tensor([output[:most]] * len(tokens))
+    questions = {size: train_arc.Pair(0, np.arange(10) > 0, train_arc.in_views(
+        np.ones((1, size), np.uint8), train_arc.UNKNOWN)) for size in (2, 8)}
+    found = train_arc.answer(model, questions, run)
+    assert len(found[2]) == 32 and found[8] == []
+
+
 @pytest.mark.parametrize("github", [False, True])
 def test_evaluation_solutions_never_reach_training(tmp_path, github):
     """With every evaluation solution poisoned, training is bit-identical, and so is the submission."""

@@ -150,7 +150,8 @@ def read_solutions(folder, split, tasks):
     file, solutions = Path(folder) / f"arc-agi_{split}_solutions.json", {}
     inline = {} if file.exists() else read_split(folder, split)
     found = read_object(file) if file.exists() else {
-        name: [pair["output"] for pair in raw["test"] if "output" in pair] for name, (_, raw) in inline.items()}
+        name: [pair["output"] for pair in raw["test"] if "output" in pair]
+        for name, (_, raw) in inline.items()}
     if not any(found.values()):
         return solutions
     for name, task in tasks.items():
@@ -300,15 +301,15 @@ def answer(model, questions, c, rank=0, world=1):
         jobs += [Sample(task, v, table, *views[v]) for table in tables for v in range(N_DIHEDRAL)]
     lengths = np.array([len(job.prompt) for job in jobs], dtype=int)
     order = np.argsort(lengths, kind="stable")[rank::world]
-    cuts = cut(np.minimum(lengths[order] + MAX_OUTPUT, c.max_tokens), c.decode_tokens)  # columns of the cache
+    cuts = cut(np.minimum(lengths[order] + MAX_OUTPUT, c.max_tokens), c.decode_tokens)  # answers included
     bar = tqdm(total=len(order), desc="decode", unit="grid", dynamic_ncols=True, disable=rank > 0)
     with bar, torch.compiler.set_stance("force_eager"):
         for part in filter(len, reversed(np.split(order, cuts))):
             tokens, task, view, _ = collate([jobs[j] for j in part], device)
             length, most = torch.from_numpy(lengths[part]).to(device), c.max_tokens - int(lengths[part].min())
             outputs = model.generate(tokens, length, task, view, min(MAX_OUTPUT, most)).cpu().numpy()
-            for j, output in zip(part, outputs):
-                if rows := decode_grid(np.argsort(jobs[j].colours)[output]):
+            for j, output in zip(part, outputs):        # cut, so that no answer depends on a row beside it
+                if rows := decode_grid(np.argsort(jobs[j].colours)[output[:c.max_tokens - lengths[j]]]):
                     grids[j] = view_grid(np.array(rows), INVERSE[jobs[j].view])
             bar.update(len(part))
     grids = {j: grid for share in gather(grids, world) for j, grid in share.items()}
@@ -594,15 +595,18 @@ def train(c, model, optimizer, pairs, heldout, state, rank, world):
     out, log, step, seconds = Path(c.out), Path(c.out, "log.csv"), state["step"], state["seconds"]
     device = model.head.weight.device
 
-    def checkpoint():
+    def check_finite():
         require(math.isfinite(norm), f"step {step}: loss {loss:g}, gradient norm {norm:g}, learning rate "
                 f"{lr:.2g}; a lower --lr may help; {out} keeps its last checkpoint")
+
+    def checkpoint():
+        check_finite()
         if rank == 0:
             now = {"step": step, "seconds": seconds, "log": log.stat().st_size if log.exists() else 0,
                    "model": model.state_dict(), "optimizer": optimizer.state_dict()}
             save(out / "checkpoint.pt", state | now)
 
-    stop, shown, held, tokens, padded, route_loss = [], {}, 0.0, 0, 0, torch.tensor(math.nan)
+    shown, due, tokens, padded, route_loss = {}, 0.0, 0, 0, torch.tensor(math.nan)
     loss, norm, lr, saved = math.nan, 0.0, c.lr, seconds
     if rank == 0:
         if log.exists():
@@ -617,6 +621,7 @@ def train(c, model, optimizer, pairs, heldout, state, rank, world):
         compile_blocks(c, model, pairs, rank, world)
     net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
 
+    stop = []
     handlers = {n: signal.signal(n, lambda *_: stop.append(1)) for n in (signal.SIGINT, signal.SIGTERM)}
     start, last = time.perf_counter() - seconds, seconds
     bar = tqdm(total=100, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}", dynamic_ncols=True,
@@ -654,18 +659,17 @@ def train(c, model, optimizer, pairs, heldout, state, rank, world):
             continue
         loss, norm = sum(gather(loss.item(), world)) / world, norm.item()
         seconds = time.perf_counter() - start
-        if not math.isfinite(norm):
-            checkpoint()                                        # refuses, before anything is logged
+        check_finite()
         if rank == 0:
-            now, later, speed = evaluate(model, [(*inputs, targets)]), {}, tokens / (seconds - last)
-            if heldout and used >= held:
-                later, held = evaluate(model, heldout), used + 0.04
-                shown["held-out"] = f"{later['loss']:.3f}"
+            now, ahead, speed = evaluate(model, [(*inputs, targets)]), {}, tokens / (seconds - last)
+            if heldout and used >= due:
+                ahead, due = evaluate(model, heldout), used + 0.04
+                shown["held-out"] = f"{ahead['loss']:.3f}"
             append(log, {
                 "step": step, "epoch": epoch, "seconds": seconds, "lr": lr, "loss": loss, "grad_norm": norm,
                 "tokens_per_s": speed, "padding": 1 - tokens / padded, "route_loss": route_loss.item(),
                 "pi": pi_score(now["loss"], now["entropy"], norm), **{key: now[key] for key in MONITORS[1:]},
-                **{f"heldout_{key}": later.get(key, math.nan) for key in MONITORS},
+                **{f"heldout_{key}": ahead.get(key, math.nan) for key in MONITORS},
                 **{name: value for name, value in now.items() if " " in name}})
             mfu = model.mfu(speed / world, targets.shape[1])
             shown |= {"loss": f"{loss:.3f}", "tok/s": f"{speed:.0f}"} | ({"MFU": f"{mfu:.0%}"} if mfu else {})
@@ -683,7 +687,8 @@ def train(c, model, optimizer, pairs, heldout, state, rank, world):
         signal.signal(number, handler)
     if stopped:
         launcher = f"torchrun --standalone --nproc_per_node={world}" if world > 1 else "python"
-        return print(f"stopped at step {step}; go on with: {launcher} train_arc.py --resume {out}")
+        print(f"stopped at step {step}; go on with: {launcher} train_arc.py --resume {out}")
+        return None
     return summary(c, model, heldout if rank == 0 else None) | {"steps": step, "seconds": seconds}
 
 
