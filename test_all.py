@@ -409,7 +409,7 @@ def test_weights_12_D2_without_ffn_as_many_as_the_dense_control_and_6_f_D2_more_
         assert matrices(Block(D, 2, f * D)) - matrices(plain) == matrices(MoIE(D, f * D)) == 6 * f * D * D
 
 
-# ---- claims of the decision record, by count ----
+# ---- claims of the design study, by count ----
 def flops(run, *inputs):
     # the counter knows no CPU flash kernel, so the attention runs as plain products
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
