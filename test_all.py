@@ -873,7 +873,8 @@ def test_a_saved_model_is_scored_and_shown_as_its_run_was(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert (tmp_path / "again/submission.json").read_bytes() == (out / "submission.json").read_bytes()
     target = json.loads((data / "arc-agi_evaluation_solutions.json").read_text())["mirror"][0]
-    assert "mirror test 0\ninput   target  attempt 1 wrong  attempt 2 wrong" in shown and "\033" not in shown
+    assert re.search("mirror test 0\ninput   target  attempt 1 (wrong|missing) +attempt 2 (wrong|missing)\n", shown)
+    assert "\033" not in shown and json.loads((tmp_path / "again/config.json").read_text())["command"] == again
     assert all(" ".join(map(str, row)) in shown for row in target)
     with pytest.raises(train_arc.DataError, match="not empty"):
         train_arc.main(again)
@@ -1038,6 +1039,9 @@ def test_bad_sets_are_named(tmp_path):
         (tmp_path / split).mkdir()
         (tmp_path / split / "t.json").write_text(json.dumps(GOOD["t"]))
     assert "task t is in both splits" in fault()
+    shutil.copytree(tmp_path / "training", tmp_path / "up/data/training")
+    with pytest.raises(train_arc.DataError, match="name its folder .*up/data$"):
+        train_arc.read_tasks(tmp_path / "up", "evaluation")
     (tmp_path / "evaluation/t.json").rename(tmp_path / "evaluation/u.json")
     assert "the training split has no solutions" in fault()
 

@@ -21,6 +21,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from collections import Counter, namedtuple
 from contextlib import contextmanager, nullcontext
@@ -56,8 +57,8 @@ def blame(where):
     try:
         yield
     except (ValueError, TypeError, LookupError, RuntimeError, OSError, EOFError, pickle.UnpicklingError) as e:
-        fault = f"no {e}" if isinstance(e, KeyError) else " ".join(str(e).split())[:300]
-        raise DataError(f"{where}: {fault}") from None
+        short = {KeyError: f"no {e}", pickle.UnpicklingError: "of another format"}
+        raise DataError(f"{where}: {short.get(type(e)) or ' '.join(str(e).split())[:300]}") from None
 
 
 def expect(value, kind, length=None):
@@ -129,6 +130,7 @@ def read_split(folder, split):
     parted = any(folder.glob("arc-agi_*.json")) or any((folder / name).is_dir() for name in SPLITS)
     whole = split == "evaluation" and not parted
     for file in sorted((folder if whole else folder / split).rglob("*.json")):
+        require(not whole or file.parent.name not in SPLITS, f"{folder}: name its folder {file.parent.parent}")
         first, _ = tasks.setdefault(file.stem, (file, read_object(file)))
         require(first is file, f"{file}: task {file.stem} is in {first}, too")
     return tasks
@@ -372,6 +374,7 @@ def solve(c, model, names, rank=0, world=1):
         titled = [("input", tasks[name].test[i])] + [("target", target)] * bool(target)
         for key, grid in submission[name][i].items():
             verdict = (" right" if grid == target else " wrong") if target else ""
+            verdict = verdict if any(grid == g.tolist() for g in grids[name, i]) else " missing"
             titled.append((key.replace("_", " ") + verdict, grid))
         colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
         print(f"{name} test {i}\n{draw(titled, colour, shutil.get_terminal_size().columns)}")
@@ -388,7 +391,8 @@ def solve(c, model, names, rank=0, world=1):
 
 # ------------------------------------------------------------------------------------------ flags
 DENSE_LR = 0.2          # the dense control's best learning rate over the SPL's: see results/README.md
-COMPILER = sys.platform == "linux" and shutil.which("g++") is not None
+HEADERS = Path(sysconfig.get_path("include"), "Python.h")           # torch.compile on a CPU needs these, too
+COMPILER = sys.platform == "linux" and shutil.which("g++") is not None and HEADERS.exists()
 
 
 def flag(default, text, least=0, most=1e9):
@@ -488,7 +492,8 @@ def parse(argv):
             state = {key: found[key] for key in "config names step seconds log model optimizer".split()}
             Run(**state["config"] | {"device": "cpu"})                  # refuses what is no configuration
     out = {"resume": path, "ab": "runs/ab"}.get(mode, "")
-    c = Run(**(state["config"] if state else {}) | {"out": out} | given)
+    own = {"out": out} | ({"device": "auto"} if mode == "eval" else {})
+    c = Run(**(state["config"] if state else {}) | own | given)
     c.out = c.out or time.strftime(f"runs/{'eval' if mode == 'eval' else c.arm}-seed{c.seed}-%Y%m%d-%H%M%S")
     return mode, c, state
 
@@ -743,6 +748,8 @@ def main(argv):
         result = train(c, model, optimizer, pairs, heldout, state, rank, world)
         if not result:
             return
+    elif rank == 0:
+        save(out / "config.json", asdict(c) | {"command": argv})
     if c.score or mode == "eval":
         result |= solve(c, model, names, rank, world)
     if rank == 0:
@@ -756,7 +763,7 @@ if __name__ == "__main__":
         print(f"error: {fault}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; the folder of the run keeps what was saved", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
     finally:
         if dist.is_initialized():
