@@ -505,7 +505,10 @@ def save(path, value):
     with blame(f"{path}: cannot be written"):
         try:
             with open(temporary, "wb") as file:
-                torch.save(value, file) if path.suffix == ".pt" else file.write(json.dumps(value).encode())
+                if path.suffix == ".pt":
+                    torch.save(value, file)
+                else:
+                    file.write(json.dumps(value).encode())
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
