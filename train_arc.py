@@ -130,7 +130,8 @@ def read_split(folder, split):
     parted = any(folder.glob("arc-agi_*.json")) or any((folder / name).is_dir() for name in SPLITS)
     whole = split == "evaluation" and not parted
     for file in sorted((folder if whole else folder / split).rglob("*.json")):
-        require(not whole or file.parent.name not in SPLITS, f"{folder}: name its folder {file.parent.parent}")
+        above = file.parent
+        require(not whole or above.name not in SPLITS, f"{folder}: name its folder {above.parent}")
         first, _ = tasks.setdefault(file.stem, (file, read_object(file)))
         require(first is file, f"{file}: task {file.stem} is in {first}, too")
     return tasks
@@ -431,7 +432,7 @@ class Run:
     clip: float = flag(1.0, "largest gradient norm", 1e-6)
     permute_colours: bool = flag(True, "permute a task's input colours in training")
     colour_votes: int = flag(4, "colour tables under which each of the 8 views votes", 1)
-    decode_tokens: int = flag((2**15, 2**20), "size of a decoding batch: rows times tokens, answers included", 1)
+    decode_tokens: int = flag((2**15, 2**20), "size of a decoding batch: rows times tokens with the answer", 1)
     dtype: str = flag(("float32", "bfloat16"), "float32, or bfloat16 by autocast")
     compile: bool = flag((COMPILER, True), "torch.compile the blocks")
     log_every: int = flag(50, "steps between lines of the log", 1)
