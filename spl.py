@@ -13,7 +13,7 @@ Symbols   x (..., D_in), Y (..., D_out); mu_weight, proto_weight and gate_weight
           each (D_out, D_in) as in nn.Linear.
 Cost      3·D_in·D_out multiply-adds, of which the routing is two thirds.
 Source    SPL is the layer of Tiny-ONN, github.com/dmf-archive/Tiny-ONN; written anew from its equations.
-Copy      this file alone; it needs torch. Use it like nn.Linear, on normalized inputs: the cost does not shrink
+Copy      this file alone; it needs torch. Use it like nn.Linear, on normalized inputs: cost does not shrink
           with x as the match does. With one output the mask is 0 or 1 and no routing is learned.
 Run       python spl.py
 """

@@ -432,7 +432,7 @@ class Run:
     clip: float = flag(1.0, "largest gradient norm", 1e-6)
     permute_colours: bool = flag(True, "permute a task's input colours in training")
     colour_votes: int = flag(4, "colour tables under which each of the 8 views votes", 1)
-    decode_tokens: int = flag((2**15, 2**20), "size of a decoding batch: rows times tokens with the answer", 1)
+    decode_tokens: int = flag((2**15, 2**20), "size of a decoding batch: rows times tokens with answer", 1)
     dtype: str = flag(("float32", "bfloat16"), "float32, or bfloat16 by autocast")
     compile: bool = flag((COMPILER, True), "torch.compile the blocks")
     log_every: int = flag(50, "steps between lines of the log", 1)
