@@ -138,8 +138,7 @@ def routing_loss(spl, x, Y_out, real):
     """L_route = mean over tokens of JSD(M / ΣM ‖ goodness / Σ goodness), after the task loss's backward pass.
 
     x (..., D_in) and Y_out (..., D_out) are the layer's, Y_out.grad kept; real (...,) is 0 for padding, which
-    counts in nothing. It reaches W_p and W_g alone. A token whose mask is all 0 has L_route = ln 2 / 2 and no
-    gradient.
+    counts in nothing. It reaches W_p and W_g alone; a mask of zeros gives ln 2 / 2 and no gradient.
     """
     def normalized(z):
         return z / z.sum(-1, keepdim=True).clamp_min(torch.finfo(z.dtype).tiny)
@@ -151,9 +150,7 @@ def routing_loss(spl, x, Y_out, real):
 
 def bench(candidates, seconds=3.0, calls=1):
     """{name: function} -> {name: median seconds}; they take turns, so that a noisy machine is noisy for all.
-
-    A measurement is `calls` in a row: on a GPU one is launched while another runs, as in training.
-    """
+    A measurement is `calls` in a row: on a GPU one is launched while another runs, as in training."""
     times, start = {name: [] for name in candidates}, time.perf_counter()
     for i in itertools.count():
         for name, run in candidates.items():
@@ -180,25 +177,20 @@ if __name__ == "__main__":
     dtype, N, calls = (torch.bfloat16, 2**18, 10) if device == "cuda" else (torch.float32, 4096, 1)
     compiler = device == "cuda" or shutil.which("g++")
     print(f"What an SPL costs, forward and backward, {N} tokens, {dtype}, {device}; 1 is one F.linear to 3·D")
-    print(f"{'D':>6} {'dense layer':>12} {'to 3D':>6} {'SPL':>6} {'compiled':>9} {'literal':>8} "
-          f"{'ms to 3D':>9} {'active':>7}")
+    columns = "dense layer", "to 3·D", "SPL", "compiled", "literal"
+    print(f"{'D':>5}" + "".join(f"{name:>13}" for name in (*columns, "ms to 3·D", "active")))
     for D in (128, 256, 768):
         x = torch.randn(N, D, device=device, dtype=dtype, requires_grad=True)
-        layers = SparseProtoLinear(D, D), nn.Linear(D, D), nn.Linear(D, 3 * D)
-        spl, dense, triple = (layer.to(device, dtype) for layer in layers)
-        literal = (lambda x, p=spl: spl_reference(x, *p.parameters())[0])
-        layers = {"dense": dense, "triple": triple, "spl": spl, "literal": literal}
-        if compiler:
-            layers["compiled"] = torch.compile(spl)
-        t = bench({name: forward_backward(layer, x) for name, layer in layers.items()}, calls=calls)
-        ratio = {name: seconds / t["triple"] for name, seconds in t.items()}
-        active = (spl.route(x)[1] > 0).float().mean()
-        print(f"{D:6} {ratio['dense']:12.2f} {1:6.2f} {ratio['spl']:6.2f} "
-              f"{ratio.get('compiled', math.nan):9.2f} {ratio['literal']:8.2f} {1000 * t['triple']:9.2f} "
-              f"{active:7.0%}")
+        layers = nn.Linear(D, D), nn.Linear(D, 3 * D), SparseProtoLinear(D, D)
+        dense, triple, spl = (layer.to(device, dtype) for layer in layers)
+        layers = dense, triple, spl, torch.compile(spl), lambda x: spl_reference(x, *spl.parameters())[0]
+        runs = {name: forward_backward(layer, x) for name, layer in zip(columns, layers)
+                if name != "compiled" or compiler}
+        t = bench(runs, calls=calls)
+        ratios = "".join(f"{t.get(name, math.nan) / t['to 3·D']:13.2f}" for name in columns)
+        print(f"{D:5}{ratios}{1000 * t['to 3·D']:13.2f}{(spl.route(x)[1] > 0).float().mean():13.0%}")
 
-    print("\nOne SPL output computes XOR, which relu of a linear map cannot:")
-    print("W_mu = [-1, -1], b_mu = 2, W_p = [1, 1], W_g = 0")
+    print("\nOne SPL output is XOR, as no relu of a linear map: W_mu = [-1, -1], b_mu = 2, W_p = [1, 1], W_g = 0")
     x = torch.tensor([[0., 0.], [0., 1.], [1., 0.], [1., 1.]])
     weights = torch.tensor([[-1., -1.]]), torch.tensor([2.]), torch.ones(1, 2), torch.zeros(1, 2)
     y = spl_reference(x, *weights)[0]
