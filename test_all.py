@@ -632,11 +632,40 @@ def test_the_arms_of_a_comparison_see_the_same_data(tmp_path):
 A, B, C = [[1]], [[2, 2]], [[3], [3]]
 
 
-@pytest.mark.parametrize("grids, first, second", [
-    ([A, B, B], B, A), ([A, B], A, B), ([B, A], B, A), ([C, A, B, A, B], A, B), ([A, A], A, [[0]]),
-    ([], [[0]], [[0]])])
-def test_votes_count_and_ties_go_to_the_first(grids, first, second):
-    assert train_arc.vote([np.array(grid) for grid in grids]) == {"attempt_1": first, "attempt_2": second}
+def test_the_likeliest_output_comes_first():
+    """Against every output by itself, read token by token, in every view; equals stay in order."""
+    model = Transformer(Config(n_task=3, d_model=16, n_head=2, n_layer=1)).double().eval()
+    nn.init.normal_(model.head.weight)
+    prompts = np.arange(6).reshape(2, 3), np.array([[7], [1]])
+    questions = {n: train_arc.Pair(n + 1, np.arange(10) > 0, train_arc.in_views(x, train_arc.UNKNOWN))
+                 for n, x in enumerate(prompts)}
+    outputs = [(tuple(map(tuple, np.random.default_rng(n).integers(10, size=(1 + n % 3, 2))))) for n in range(6)]
+
+    def log_probability(n, output):
+        total = 0
+        for v in range(8):
+            prompt = train_arc.encode_prompt(train_arc.view_grid(prompts[n], v))
+            answer = train_arc.encode_grid(train_arc.view_grid(np.array(output), v), train_arc.END)
+            logits = model(torch.tensor([prompt + answer]), torch.tensor([n + 1]), torch.tensor([v]))[0]
+            total += sum(logits[len(prompt) + t - 1].log_softmax(-1)[token] for t, token in enumerate(answer))
+        return total.item()
+    proposed = [(n, output) for output in outputs for n in (0, 1)]
+    run = train_arc.Run(device="cpu", max_tokens=40, batch_tokens=100)
+    found = train_arc.likeliest(model, questions, proposed, run)
+    for n in (0, 1):
+        order = sorted(outputs, key=lambda output: log_probability(n, output), reverse=True)
+        assert found[n] == [[list(row) for row in output] for output in order]
+
+
+def test_the_two_likeliest_outputs_are_the_attempts(tmp_path, monkeypatch):
+    folder, x = one_task_set(tmp_path / "data"), [[1]]
+    run = train_arc.Run(device="cpu", data=str(folder), out=str(tmp_path))
+    for outputs, expected in ([A, B, C], attempts(A, B)), ([B], attempts(B, [[0]])), ([], attempts([[0]], [[0]])):
+        monkeypatch.setattr(train_arc, "propose", lambda *_: [])
+        monkeypatch.setattr(train_arc, "likeliest", lambda model, questions, *_: dict.fromkeys(questions, outputs))
+        train_arc.solve(run, nn.Identity(), list(train_arc.read_tasks(folder, "evaluation")))
+        submission = json.loads((tmp_path / "submission.json").read_text())
+        assert all(entry == expected for entries in submission.values() for entry in entries)
 
 
 def attempts(first, second):
@@ -727,16 +756,16 @@ def equal(a, b):
 
 
 def test_answers_are_turned_and_coloured_back():
-    """A model that repeats its prompt's grid answers with the grid itself, in every view and colour table."""
+    """A model that repeats its prompt's grid answers with the grid itself, in every view and colour table, so
+    that there is one output, once."""
     model = Transformer(Config(n_task=2))
     model.generate = lambda tokens, *_: tokens[:, 1:].where(tokens[:, 1:] != SEP, train_arc.END)
     run = train_arc.Run(device="cpu", colour_votes=3, decode_tokens=300)
     grids = [np.arange(6).reshape(2, 3), np.array([[7], [1]])]
     free = np.arange(10) > 0
     questions = {n: train_arc.Pair(n, free, train_arc.in_views(x, train_arc.UNKNOWN)) for n, x in enumerate(grids)}
-    found = train_arc.answer(model, questions, run)
-    for n, grid in enumerate(grids):
-        assert len(found[n]) == 24 and all(np.array_equal(a, grid) for a in found[n])
+    assert train_arc.propose(model, questions, run) == [
+        (n, tuple(map(tuple, grid.tolist()))) for n, grid in enumerate(grids)]
 
 
 @pytest.mark.parametrize("decode_tokens", [1, 10**6])
@@ -747,8 +776,7 @@ def test_an_answer_does_not_depend_on_the_prompts_beside_it(decode_tokens):
     model.generate = lambda tokens, lengths, task, view, most: torch.tensor([output[:most]] * len(tokens))
     questions = {size: train_arc.Pair(0, np.arange(10) > 0, train_arc.in_views(
         np.ones((1, size), np.uint8), train_arc.UNKNOWN)) for size in (2, 8)}
-    found = train_arc.answer(model, questions, run)
-    assert len(found[2]) == 32 and found[8] == []
+    assert {size for size, _ in train_arc.propose(model, questions, run)} == {2}
 
 
 @pytest.mark.parametrize("github", [False, True])

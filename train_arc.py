@@ -23,7 +23,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections import Counter, namedtuple
+from collections import namedtuple
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -31,6 +31,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
@@ -196,7 +197,10 @@ def collate(samples, device):
     The target at t is token t + 1 where that is an output token, IGNORE elsewhere."""
     flat = np.concatenate([part for s in samples for part in (s.prompt, s.answer)])
     meta = np.array([(s.task, s.view, len(s.prompt), len(s.prompt) + len(s.answer)) for s in samples]).T
-    t = torch.arange(meta[3].max(), device=device)                                        # (T + 1,)
+    width = meta[3].max()                               # T + 1
+    if device.type == "cuda":                           # T in eights: the compiler makes kernels of their own
+        width += (1 - width) % 8
+    t = torch.arange(width, device=device)
     parts = map(torch.from_numpy, (flat, meta, np.array([s.colours for s in samples])))
     if device.type == "cuda":                           # pinned, the copy does not wait for the GPU
         parts = (part.pin_memory().to(device, non_blocking=True) for part in parts)
@@ -274,14 +278,15 @@ def load_data(c, device):
     demos = {name: pairs for name, task in tasks.items() if (pairs := short(task.train))}
     require(demos, f"{c.data}: no pair of at most {c.max_tokens} tokens; raise --max-tokens")
     tests = {name: short(zip(task.test, solutions[name])) for name, task in own.items()}
-    free = [free_colours(tasks[name], c.permute_colours) for name in demos]
-    pairs, held = ([Pair(n, free[n], in_views(*pair)) for n, name in enumerate(demos)
+    names, free = list(demos), [free_colours(tasks[name], c.permute_colours) for name in demos]
+    pairs, held = ([Pair(n, free[n], in_views(*pair)) for n, name in enumerate(names)
                     for pair in part.get(name, [])] for part in (demos, tests))
+    pairs += [pair for pair in pairs if names[pair.task] in asked] * (c.repeat - 1)
     if not c.heldout or not held:
-        return list(demos), pairs + held, []
+        return names, pairs + held, []
     held = [Pair(task, np.zeros(10, bool), views[:1]) for task, _, views in held]  # in true colours, unturned
     plan = plan_epoch(held, c.batch_tokens, np.random.default_rng(0))
-    return list(demos), pairs, [collate(samples, device) for samples in plan]
+    return names, pairs, [collate(samples, device) for samples in plan]
 
 
 # ------------------------------------------------------------------------------------------ answers
@@ -293,38 +298,61 @@ def gather(value, world):
     return values
 
 
-def answer(model, questions, c, rank=0, world=1):
-    """{key: Pair of an input and UNKNOWN} -> {key: valid outputs in 8 views x c.colour_votes colour tables},
-    turned and coloured back; the first table changes nothing. The processes share the jobs, longest prompts
-    first, and all get every answer. Format and flags bound an output's length, never the answer."""
-    rng, jobs, grids, device = np.random.default_rng(c.seed), [], {}, model.head.weight.device
-    for task, free, views in questions.values():
+def share_out(work, jobs, lengths, budget, what, rank, world):
+    """[work's result for each of `jobs`]; work takes a list of them, of similar `lengths`, the longest first,
+    at most `budget` tokens in all. The processes share the jobs, and each gets every result."""
+    order, found = np.argsort(lengths, kind="stable")[rank::world], {}
+    bar = tqdm(total=len(order), desc=what, unit="grid", dynamic_ncols=True, disable=rank > 0)
+    with bar, torch.inference_mode(), torch.compiler.set_stance("force_eager"):
+        for part in filter(len, reversed(np.split(order, cut(np.array(lengths)[order], budget)))):
+            found |= zip(part, work([jobs[j] for j in part]))
+            bar.update(len(part))
+    found = {j: result for share in gather(found, world) for j, result in share.items()}
+    return [found[j] for j in range(len(jobs))]
+
+
+def propose(model, questions, c, rank=0, world=1):
+    """{key: Pair of an input and UNKNOWN} -> [(key, valid output as a tuple of rows)], no two alike: greedy
+    answers in 8 views x c.colour_votes colour tables, turned and coloured back; the first table changes
+    nothing. Format and flags bound an output's length, never the answer."""
+    def decode(jobs):
+        tokens, task, view, _ = collate(jobs, device)
+        lengths = [len(job.prompt) for job in jobs]
+        most = min(MAX_OUTPUT, c.max_tokens - min(lengths))
+        outputs = model.generate(tokens, torch.tensor(lengths, device=device), task, view, most)
+        for job, output in zip(jobs, outputs.cpu().numpy()):    # cut: a row depends on none beside it
+            rows = decode_grid(np.argsort(job.colours)[output[:c.max_tokens - len(job.prompt)]])
+            yield rows and tuple(map(tuple, view_grid(np.array(rows), INVERSE[job.view]).tolist()))
+
+    rng, keys, jobs, device = np.random.default_rng(c.seed), [], [], model.head.weight.device
+    for key, (task, free, views) in questions.items():
         tables = colour_permutations(np.repeat(free[None], c.colour_votes, 0), rng)
         tables[0] = np.arange(N_VOCAB)
         jobs += [Sample(task, v, table, *views[v]) for table in tables for v in range(N_DIHEDRAL)]
-    lengths = np.array([len(job.prompt) for job in jobs], dtype=int)
-    order = np.argsort(lengths, kind="stable")[rank::world]
-    cuts = cut(np.minimum(lengths[order] + MAX_OUTPUT, c.max_tokens), c.decode_tokens)  # answers included
-    bar = tqdm(total=len(order), desc="decode", unit="grid", dynamic_ncols=True, disable=rank > 0)
-    with bar, torch.compiler.set_stance("force_eager"):
-        for part in filter(len, reversed(np.split(order, cuts))):
-            tokens, task, view, _ = collate([jobs[j] for j in part], device)
-            length, most = torch.from_numpy(lengths[part]).to(device), c.max_tokens - int(lengths[part].min())
-            outputs = model.generate(tokens, length, task, view, min(MAX_OUTPUT, most)).cpu().numpy()
-            for j, output in zip(part, outputs):        # cut, so that no answer depends on a row beside it
-                if rows := decode_grid(np.argsort(jobs[j].colours)[output[:c.max_tokens - lengths[j]]]):
-                    grids[j] = view_grid(np.array(rows), INVERSE[jobs[j].view])
-            bar.update(len(part))
-    grids = {j: grid for share in gather(grids, world) for j, grid in share.items()}
-    shares = np.arange(len(jobs)).reshape(len(questions), N_DIHEDRAL * c.colour_votes)  # in order, for ties
-    return {key: [grids[j] for j in share if j in grids] for key, share in zip(questions, shares)}
+        keys += [key] * (len(jobs) - len(keys))
+    lengths = [len(job.prompt) + min(MAX_OUTPUT, c.max_tokens) for job in jobs]
+    grids = share_out(decode, jobs, lengths, c.decode_tokens, "decode", rank, world)
+    return list(dict.fromkeys((key, grid) for key, grid in zip(keys, grids) if grid))
 
 
-def vote(grids):
-    """The two most frequent grids, as in a submission; ties go to the one that came first, [[0]] fills up."""
-    counts = Counter(json.dumps(grid.tolist()) for grid in grids)
-    best = [json.loads(text) for text, _ in counts.most_common(2)]
-    return dict(zip(ATTEMPTS, best + [[[0]], [[0]]]))
+def likeliest(model, questions, proposed, c, rank=0, world=1):
+    """[(key, output)] -> {key: [output]}, the likeliest first: by log-probability, the mean over 8 views."""
+    def loss(jobs):
+        *inputs, targets = collate(jobs, model.head.weight.device)
+        logits = model(*inputs).float().transpose(1, 2)                                   # (B, n_vocab, T)
+        return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none").sum(1).tolist()
+
+    jobs, answers, colours = [], {key: [] for key in questions}, np.arange(N_VOCAB, dtype=np.uint8)
+    for key, grid in proposed:
+        for v, (prompt, _) in enumerate(questions[key].views):
+            output = np.array(encode_grid(view_grid(np.array(grid), v), END), np.uint8)
+            jobs.append(Sample(questions[key].task, v, colours, prompt, output))
+    lengths = [len(job.prompt) + len(job.answer) for job in jobs]
+    losses = share_out(loss, jobs, lengths, c.batch_tokens, "rank", rank, world)
+    for n in np.argsort(np.reshape(losses, (-1, N_DIHEDRAL)).mean(1), kind="stable"):
+        key, grid = proposed[n]
+        answers[key].append([list(row) for row in grid])
+    return answers
 
 
 def score(submission, solutions):
@@ -361,12 +389,12 @@ def solve(c, model, names, rank=0, world=1):
     questions = {(name, i): Pair(index[name], free_colours(task, c.permute_colours), in_views(x, UNKNOWN))
                  for name, task in tasks.items() if name in index
                  for i, x in enumerate(task.test) if pair_tokens(x, x[:1, :1]) <= c.max_tokens}
-    grids = answer(model, questions, c, rank, world)
+    answers = likeliest(model, questions, propose(model, questions, c, rank, world), c, rank, world)
     if rank > 0:
         return {}
     file = Path(c.out) / "submission.json"
-    submission = {name: [vote(grids.get((name, i), [])) for i in range(len(task.test))]
-                  for name, task in tasks.items()}
+    submission = {name: [dict(zip(ATTEMPTS, answers.get((name, i), [])[:2] + [[[0]], [[0]]]))
+                         for i in range(len(task.test))] for name, task in tasks.items()}
     save(file, submission)
     submission = read_submission(file, tasks)
     solutions = read_solutions(c.data, c.split, tasks)          # read here alone, after the last answer
@@ -375,7 +403,7 @@ def solve(c, model, names, rank=0, world=1):
         titled = [("input", tasks[name].test[i])] + [("target", target)] * bool(target)
         for key, grid in submission[name][i].items():
             verdict = (" right" if grid == target else " wrong") if target else ""
-            verdict = verdict if any(grid == g.tolist() for g in grids[name, i]) else " missing"
+            verdict = verdict if grid in answers[name, i] else " missing"
             titled.append((key.replace("_", " ") + verdict, grid))
         colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
         print(f"{name} test {i}\n{draw(titled, colour, shutil.get_terminal_size().columns)}")
@@ -430,8 +458,9 @@ class Run:
     warmup: float = flag(0.02, "share of the budget in which the learning rate rises", 0, 1)
     decay: float = flag(0.5, "share of the budget in which it falls to 0", 0, 1)
     clip: float = flag(1.0, "largest gradient norm", 1e-6)
+    repeat: int = flag(1, "times that an epoch shows each pair of the split to answer", 1)
     permute_colours: bool = flag(True, "permute a task's input colours in training")
-    colour_votes: int = flag(4, "colour tables under which each of the 8 views votes", 1)
+    colour_votes: int = flag(4, "colour tables under which each of the 8 views answers", 1)
     decode_tokens: int = flag((2**15, 2**20), "size of a decoding batch: rows times tokens with answer", 1)
     dtype: str = flag(("float32", "bfloat16"), "float32, or bfloat16 by autocast")
     compile: bool = flag((COMPILER, True), "torch.compile the blocks")
@@ -541,8 +570,9 @@ def compare(c, argv):
         words = [word for word in argv if word != "--ab"] + [*arms[arm], f"--seed={seed}", f"--out={folder}"]
         if config.exists():
             found, ours = read_object(config), asdict(parse(words)[1])
-            odd = " --".join(sorted(name for name in ours.keys() - free if found.get(name) != ours[name]))
-            require(not odd, f"{folder}: a run with another --{odd.replace('_', '-')}; name another --out")
+            odd = sorted(name for name in found.keys() & ours.keys() - free if found[name] != ours[name])
+            require(not odd, f"{folder}: a run with another --{' --'.join(odd).replace('_', '-')}; "
+                    "name another --out")
         if not result.exists():
             words = [f"--resume={folder}"] if (folder / "checkpoint.pt").exists() else words
             status = subprocess.run([sys.executable, __file__, *words]).returncode
