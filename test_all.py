@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -706,6 +707,16 @@ def test_extra_tasks_never_leak_the_evaluation_split(arc1):
     renamed = {"id": task, "shuffled": train_arc.Task(task.train[::-1], [np.zeros((1, 1), np.uint8)]),
                "asked": train_arc.Task([(task.test[0], task.test[0])], task.test)}
     assert name not in renamed and train_arc.without_leaks(renamed, evaluation, {}) == {}
+
+
+def test_repeat_shows_the_asked_tasks_more_often_and_no_other(tmp_path):
+    folder, shown = one_task_set(tmp_path), []
+    for repeat in (1, 3):
+        run = train_arc.Run(device="cpu", data=str(folder), repeat=repeat)
+        names, pairs, _ = train_arc.load_data(run, torch.device("cpu"))
+        shown.append(Counter(names[pair.task] for pair in pairs))
+    asked = train_arc.read_tasks(folder, "evaluation")
+    assert shown[1] == {name: n * (3 if name in asked else 1) for name, n in shown[0].items()} != shown[0]
 
 
 def write_set(folder, tasks, poison=0, github=False):

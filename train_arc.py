@@ -198,7 +198,7 @@ def collate(samples, device):
     flat = np.concatenate([part for s in samples for part in (s.prompt, s.answer)])
     meta = np.array([(s.task, s.view, len(s.prompt), len(s.prompt) + len(s.answer)) for s in samples]).T
     width = meta[3].max()                               # T + 1
-    if device.type == "cuda":                           # T in eights: the compiler makes kernels of their own
+    if device.type == "cuda":                           # T a multiple of 8: others would be compiled apart
         width += (1 - width) % 8
     t = torch.arange(width, device=device)
     parts = map(torch.from_numpy, (flat, meta, np.array([s.colours for s in samples])))
@@ -623,7 +623,7 @@ def compile_blocks(c, model, pairs, rank, world):
     """Compiles in place and warms up, before the clock starts; the layers share one compiled block."""
     for module in model.spls().values() if c.sars else model.blocks:    # SARS must see into the blocks
         module.forward = torch.compile(module.forward, dynamic=True)
-    warm = 64 if c.device == "cuda" else 1      # CUDA compiles anew for small batches and lengths in eights
+    warm = 64 if c.device == "cuda" else 1      # about an epoch: CUDA compiles anew for small batches
     for _, batch in itertools.islice(batches(pairs, c, world), warm):
         task_loss(model, *collate(batch[rank::world], model.head.weight.device)).backward()
     model.zero_grad()
