@@ -348,7 +348,7 @@ def likeliest(model, questions, proposed, c, rank=0, world=1):
             output = np.array(encode_grid(view_grid(np.array(grid), v), END), np.uint8)
             jobs.append(Sample(questions[key].task, v, colours, prompt, output))
     lengths = [len(job.prompt) + len(job.answer) for job in jobs]
-    losses = share_out(loss, jobs, lengths, c.batch_tokens, "rank", rank, world)
+    losses = share_out(loss, jobs, lengths, c.batch_tokens // world, "rank", rank, world)
     for n in np.argsort(np.reshape(losses, (-1, N_DIHEDRAL)).mean(1), kind="stable"):
         key, grid = proposed[n]
         answers[key].append([list(row) for row in grid])
@@ -569,8 +569,9 @@ def compare(c, argv):
         config, result = folder / "config.json", folder / "result.json"
         words = [word for word in argv if word != "--ab"] + [*arms[arm], f"--seed={seed}", f"--out={folder}"]
         if config.exists():
-            found, ours = read_object(config), asdict(parse(words)[1])
-            odd = sorted(name for name in found.keys() & ours.keys() - free if found[name] != ours[name])
+            ours = asdict(parse(words)[1])
+            found = {f.name: f.default for f in fields(Run)} | read_object(config)      # as it was then
+            odd = sorted(name for name in ours.keys() - free if found.get(name) != ours[name])
             require(not odd, f"{folder}: a run with another --{' --'.join(odd).replace('_', '-')}; "
                     "name another --out")
         if not result.exists():
