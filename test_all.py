@@ -634,13 +634,13 @@ A, B, C = [[1]], [[2, 2]], [[3], [3]]
 
 
 def test_the_likeliest_output_comes_first():
-    """Against every output by itself, read token by token, in every view; equals stay in order."""
+    """Against every output by itself, read token by token, in every view."""
     model = Transformer(Config(n_task=3, d_model=16, n_head=2, n_layer=1)).double().eval()
     nn.init.normal_(model.head.weight)
     prompts = np.arange(6).reshape(2, 3), np.array([[7], [1]])
     questions = {n: train_arc.Pair(n + 1, np.arange(10) > 0, train_arc.in_views(x, train_arc.UNKNOWN))
                  for n, x in enumerate(prompts)}
-    outputs = [(tuple(map(tuple, np.random.default_rng(n).integers(10, size=(1 + n % 3, 2))))) for n in range(6)]
+    outputs = [tuple(map(tuple, np.random.default_rng(n).integers(10, size=(1 + n % 3, 2)))) for n in range(6)]
 
     def log_probability(n, output):
         total = 0
@@ -656,13 +656,14 @@ def test_the_likeliest_output_comes_first():
     for n in (0, 1):
         order = sorted(outputs, key=lambda output: log_probability(n, output), reverse=True)
         assert found[n] == [[list(row) for row in output] for output in order]
+    assert train_arc.likeliest(model, questions, [], run) == {0: [], 1: []}
 
 
 def test_the_two_likeliest_outputs_are_the_attempts(tmp_path, monkeypatch):
-    folder, x = one_task_set(tmp_path / "data"), [[1]]
+    folder = one_task_set(tmp_path / "data")
     run = train_arc.Run(device="cpu", data=str(folder), out=str(tmp_path))
+    monkeypatch.setattr(train_arc, "propose", lambda *_: [])
     for outputs, expected in ([A, B, C], attempts(A, B)), ([B], attempts(B, [[0]])), ([], attempts([[0]], [[0]])):
-        monkeypatch.setattr(train_arc, "propose", lambda *_: [])
         monkeypatch.setattr(train_arc, "likeliest", lambda model, questions, *_: dict.fromkeys(questions, outputs))
         train_arc.solve(run, nn.Identity(), list(train_arc.read_tasks(folder, "evaluation")))
         submission = json.loads((tmp_path / "submission.json").read_text())
@@ -769,14 +770,30 @@ def equal(a, b):
 def test_answers_are_turned_and_coloured_back():
     """A model that repeats its prompt's grid answers with the grid itself, in every view and colour table, so
     that there is one output, once."""
-    model = Transformer(Config(n_task=2))
-    model.generate = lambda tokens, *_: tokens[:, 1:].where(tokens[:, 1:] != SEP, train_arc.END)
+    model, asked = Transformer(Config(n_task=2)), Counter()
+
+    def repeat(tokens, lengths, task, view, most):
+        asked.update(zip(task.tolist(), view.tolist()))
+        return tokens[:, 1:].where(tokens[:, 1:] != SEP, train_arc.END)
+    model.generate = repeat
     run = train_arc.Run(device="cpu", colour_votes=3, decode_tokens=300)
     grids = [np.arange(6).reshape(2, 3), np.array([[7], [1]])]
     free = np.arange(10) > 0
     questions = {n: train_arc.Pair(n, free, train_arc.in_views(x, train_arc.UNKNOWN)) for n, x in enumerate(grids)}
     assert train_arc.propose(model, questions, run) == [
         (n, tuple(map(tuple, grid.tolist()))) for n, grid in enumerate(grids)]
+    assert asked == {(n, view): 3 for n in (0, 1) for view in range(8)}
+
+
+def test_processes_share_the_jobs_and_each_gets_every_result_in_order(monkeypatch):
+    jobs, shares = [31, 5, 17, 8, 26, 12, 9], []
+    for rank in (1, 0):                                             # the last to run has what both found
+        monkeypatch.setattr(train_arc, "gather", lambda found, world: shares.append(found) or shares)
+        try:
+            results = train_arc.share_out(lambda part: [job ** 2 for job in part], jobs, jobs, 40, "", rank, 2)
+        except KeyError:
+            assert rank == 1                                        # alone, it lacks the other's
+    assert results == [job ** 2 for job in jobs] and sorted(map(len, shares)) == [3, 4]
 
 
 @pytest.mark.parametrize("decode_tokens", [1, 10**6])

@@ -299,8 +299,8 @@ def gather(value, world):
 
 
 def share_out(work, jobs, lengths, budget, what, rank, world):
-    """[work's result for each of `jobs`]; work takes a list of them, of similar `lengths`, the longest first,
-    at most `budget` tokens in all. The processes share the jobs, and each gets every result."""
+    """[work's result for each of `jobs`]; work takes lists of similar `lengths`, the longest list first, each
+    within `budget` tokens unless it is one job. The processes share the jobs, and each gets every result."""
     order, found = np.argsort(lengths, kind="stable")[rank::world], {}
     bar = tqdm(total=len(order), desc=what, unit="grid", dynamic_ncols=True, disable=rank > 0)
     with bar, torch.inference_mode(), torch.compiler.set_stance("force_eager"):
@@ -324,14 +324,14 @@ def propose(model, questions, c, rank=0, world=1):
             rows = decode_grid(np.argsort(job.colours)[output[:c.max_tokens - len(job.prompt)]])
             yield rows and tuple(map(tuple, view_grid(np.array(rows), INVERSE[job.view]).tolist()))
 
-    rng, keys, jobs, device = np.random.default_rng(c.seed), [], [], model.head.weight.device
-    for key, (task, free, views) in questions.items():
+    rng, jobs, device = np.random.default_rng(c.seed), [], model.head.weight.device
+    for task, free, views in questions.values():
         tables = colour_permutations(np.repeat(free[None], c.colour_votes, 0), rng)
         tables[0] = np.arange(N_VOCAB)
         jobs += [Sample(task, v, table, *views[v]) for table in tables for v in range(N_DIHEDRAL)]
-        keys += [key] * (len(jobs) - len(keys))
-    lengths = [len(job.prompt) + min(MAX_OUTPUT, c.max_tokens) for job in jobs]
+    lengths = [len(job.prompt) + min(MAX_OUTPUT, c.max_tokens) for job in jobs]     # in the prompts' order
     grids = share_out(decode, jobs, lengths, c.decode_tokens, "decode", rank, world)
+    keys = [key for key in questions for _ in range(N_DIHEDRAL * c.colour_votes)]
     return list(dict.fromkeys((key, grid) for key, grid in zip(keys, grids) if grid))
 
 
@@ -351,7 +351,7 @@ def likeliest(model, questions, proposed, c, rank=0, world=1):
     losses = share_out(loss, jobs, lengths, c.batch_tokens // world, "rank", rank, world)
     for n in np.argsort(np.reshape(losses, (-1, N_DIHEDRAL)).mean(1), kind="stable"):
         key, grid = proposed[n]
-        answers[key].append([list(row) for row in grid])
+        answers[key].append(list(map(list, grid)))
     return answers
 
 
