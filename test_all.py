@@ -890,6 +890,20 @@ def test_two_processes_train_as_one_on_the_same_global_batch(tmp_path):
         np.testing.assert_allclose(one[column], two[column], rtol=1e-3)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="names of threads")
+def test_the_process_group_takes_its_threads_with_it():
+    """One still there when Python ends can abort the process, the finished run and all."""
+    code = """if True:
+        import os, train_arc
+        train_arc.dist.init_process_group("gloo", store=train_arc.dist.HashStore(), rank=0, world_size=1)
+        train_arc.torch.compiler.set_stance("default")      # loads what would hold the group
+        threads = lambda: sum("gloo" in open(f"/proc/self/task/{t}/comm").read() for t in os.listdir("/proc/self/task"))
+        before = threads()
+        train_arc.dist.destroy_process_group()
+        assert before and not threads(), (before, threads())"""
+    subprocess.run([sys.executable, "-c", code], cwd=HERE, check=True)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     real, calls = train_arc.task_loss, []
 

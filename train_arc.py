@@ -31,6 +31,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn       # before a process group exists: its default arguments would never let that go
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
