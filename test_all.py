@@ -758,6 +758,10 @@ SMALL = ["--no-ffn", "--device", "cpu", "--d-model", "32", "--n-head", "2", "--n
 FAST = ["--device", "cpu", "--no-compile", "--no-score", "--log-every", "2"]
 
 
+# enough for answers of their own, on one_task_set
+LEARNT = ["--steps", "200", "--lr", "1e-2", "--no-permute-colours", "--max-tokens", "40", "--batch-tokens", "128"]
+
+
 def train(data, out, *flags):
     train_arc.main([*SMALL, "--data", str(data), "--out", str(out), *flags])
     return torch.load(Path(out) / "checkpoint.pt", weights_only=True)["model"]
@@ -783,17 +787,25 @@ def test_answers_are_turned_and_coloured_back():
     assert train_arc.propose(model, questions, run) == [
         (n, tuple(map(tuple, grid.tolist()))) for n, grid in enumerate(grids)]
     assert asked == {(n, view): 3 for n in (0, 1) for view in range(8)}
+    asked.clear()
+    train_arc.propose(model, questions, train_arc.Run(device="cpu", permute_colours=False))     # the tables are one
+    assert asked == {(n, view): 1 for n in (0, 1) for view in range(8)}
 
 
 def test_processes_share_the_jobs_and_each_gets_every_result_in_order(monkeypatch):
-    jobs, shares = [31, 5, 17, 8, 26, 12, 9], []
+    jobs, shares, parts = [31, 5, 17, 8, 26, 12, 9, 4], [], []
+
+    def square(part):
+        parts.append(part)
+        return [job ** 2 for job in part]
     for rank in (1, 0):                                             # the last to run has what both found
         monkeypatch.setattr(train_arc, "gather", lambda found, world: shares.append(found) or shares)
         try:
-            results = train_arc.share_out(lambda part: [job ** 2 for job in part], jobs, jobs, 40, "", rank, 2)
+            results = train_arc.share_out(square, jobs, jobs, 40, "", rank, 2)
         except KeyError:
             assert rank == 1                                        # alone, it lacks the other's
-    assert results == [job ** 2 for job in jobs] and sorted(map(len, shares)) == [3, 4]
+    assert results == [job ** 2 for job in jobs] and list(map(len, shares)) == [4, 4]
+    assert parts == [[31], [17], [5, 9], [26], [4, 8, 12]]          # the longest first, each within 40, padded
 
 
 @pytest.mark.parametrize("decode_tokens", [1, 10**6])
@@ -810,10 +822,11 @@ def test_an_answer_does_not_depend_on_the_prompts_beside_it(decode_tokens):
 @pytest.mark.parametrize("github", [False, True])
 def test_evaluation_solutions_never_reach_training(tmp_path, github):
     """With every evaluation solution poisoned, training is bit-identical, and so is the submission."""
-    clean = train(one_task_set(tmp_path / "clean", github=github), tmp_path / "a", "--steps", "30")
-    poisoned = train(one_task_set(tmp_path / "poisoned", poison=3, github=github), tmp_path / "b", "--steps", "30")
+    clean = train(one_task_set(tmp_path / "clean", github=github), tmp_path / "a", *LEARNT)
+    poisoned = train(one_task_set(tmp_path / "poisoned", poison=3, github=github), tmp_path / "b", *LEARNT)
     assert equal(clean, poisoned)
-    assert (tmp_path / "a/submission.json").read_bytes() == (tmp_path / "b/submission.json").read_bytes()
+    a, b = (json.loads((tmp_path / run / "submission.json").read_text()) for run in "ab")
+    assert a == b and a["mirror"][0]["attempt_1"] != [[0]]          # an answer, not the filler
 
 
 def test_same_seed_same_weights_other_seed_others(tmp_path):
@@ -875,19 +888,29 @@ def test_runs_killed_at_random_moments_end_with_the_same_weights(tmp_path):
     assert steps == ["step"] + [str(step) for step in range(2, 401, 2)]
 
 
+TORCHRUN = sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"
+
+
 def test_two_processes_train_as_one_on_the_same_global_batch(tmp_path):
     """gloo on the CPU: loss, gradient norm and held-out loss at every step, to rounding; one process writes."""
     flags = [*FAST, "--steps", "20"]
     train(ARC1, tmp_path / "one", *flags)
-    torchrun = sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"
-    flags += "--data", ARC1, "--out", tmp_path / "two", "--score", "--colour-votes", "1"
-    run = script(*SMALL, *flags, launcher=torchrun)
+    run = script(*SMALL, *flags, "--data", ARC1, "--out", tmp_path / "two", launcher=TORCHRUN)
     output, error = run.communicate()
     assert run.returncode == 0, error
-    assert output.count("held-out: loss") == 1 and (tmp_path / "two/submission.json").exists()
+    assert output.count("held-out: loss") == 1
     one, two = (np.genfromtxt(tmp_path / name / "log.csv", delimiter=",", names=True) for name in ("one", "two"))
     for column in ("step", "loss", "grad_norm", "heldout_loss"):
         np.testing.assert_allclose(one[column], two[column], rtol=1e-3)
+
+
+def test_two_processes_answer_as_one(tmp_path):
+    train(one_task_set(tmp_path / "data"), tmp_path / "one", *LEARNT)
+    run = script("--eval", tmp_path / "one/checkpoint.pt", "--out", tmp_path / "two", launcher=TORCHRUN)
+    _, error = run.communicate()
+    assert run.returncode == 0, error
+    one, two = ((tmp_path / name / "submission.json").read_text() for name in ("one", "two"))
+    assert one == two and json.loads(one)["mirror"][0]["attempt_2"] != [[0]]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names of threads")
@@ -937,7 +960,7 @@ def test_a_saved_model_is_scored_and_shown_as_its_run_was(tmp_path, capsys):
     """--eval answers what the run answered; --show draws input, target and attempts, in plain digits without a
     terminal; a checkpoint of another shape is refused."""
     data, out = one_task_set(tmp_path / "data"), tmp_path / "out"
-    train(data, out, "--device", "cpu", "--no-compile", "--steps", "20")
+    train(data, out, "--device", "cpu", "--no-compile", *LEARNT)
     capsys.readouterr()
     again = ["--eval", str(out / "checkpoint.pt"), "--out", str(tmp_path / "again"), "--show", "2"]
     train_arc.main(again)
@@ -1033,14 +1056,16 @@ def test_scores_equal_a_scorer_written_from_the_rule():
         solutions = {f"t{n}": [rng.integers(0, 2, (1, 2)) for _ in range(rng.integers(1, 4))] for n in range(10)}
         submission = {name: [{key: rng.integers(0, 2, (1, 2)).tolist() for key in train_arc.ATTEMPTS} for _ in outputs]
                       for name, outputs in solutions.items()}
-        scores, whole = [], 0
+        firsts, scores, whole = [], [], 0
         for name, outputs in solutions.items():
             correct = [output.tolist() in (given["attempt_1"], given["attempt_2"])
                        for output, given in zip(outputs, submission[name])]
             scores.append(sum(correct) / len(correct))
+            firsts.append(np.mean([output.tolist() == given["attempt_1"]
+                                   for output, given in zip(outputs, submission[name])]))
             whole += all(correct)
-        (_, pass2), solved = train_arc.score(submission, solutions)
-        assert abs(pass2 - sum(scores) / len(scores)) < 1e-12 and solved == whole
+        (pass1, pass2), solved = train_arc.score(submission, solutions)
+        assert abs(pass1 - np.mean(firsts)) < 1e-12 and abs(pass2 - np.mean(scores)) < 1e-12 and solved == whole
 
 
 def test_the_model_overfits_one_task_and_decodes_its_output_exactly(tmp_path, capsys):
@@ -1111,7 +1136,7 @@ def test_bad_sets_are_named(tmp_path):
         (tmp_path / split / "t.json").write_text(json.dumps(GOOD["t"]))
     assert "task t is in both splits" in fault()
     shutil.copytree(tmp_path / "training", tmp_path / "up/data/training")
-    with pytest.raises(train_arc.DataError, match="name its folder .*up/data$"):
+    with pytest.raises(train_arc.DataError, match="its tasks are in .*up/data; name that$"):
         train_arc.read_tasks(tmp_path / "up", "evaluation")
     (tmp_path / "evaluation/t.json").rename(tmp_path / "evaluation/u.json")
     assert "the training split has no solutions" in fault()

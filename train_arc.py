@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn       # before a process group exists: its default arguments would never let that go
+import torch.distributed.nn     # imported before a process group exists: its defaults would keep that alive
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
@@ -55,7 +55,7 @@ def require(ok, fault):
 
 @contextmanager
 def blame(where):
-    """An error inside becomes a DataError of one line that begins with `where`; nested, they say where."""
+    """An error inside becomes a DataError of one line that begins with `where`; nested, the places add up."""
     try:
         yield
     except (ValueError, TypeError, LookupError, RuntimeError, OSError, EOFError, pickle.UnpicklingError) as e:
@@ -96,8 +96,9 @@ Task = namedtuple("Task", "train test")     # demonstrations [(input, output)]; 
 
 def read_object(path):
     """The JSON object in `path`."""
+    text = path.read_bytes()
     with blame(f"{path}: not JSON"):
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(text)
     with blame(path):
         return expect(value, dict)
 
@@ -133,7 +134,7 @@ def read_split(folder, split):
     whole = split == "evaluation" and not parted
     for file in sorted((folder if whole else folder / split).rglob("*.json")):
         above = file.parent
-        require(not whole or above.name not in SPLITS, f"{folder}: name its folder {above.parent}")
+        require(not whole or above.name not in SPLITS, f"{folder}: its tasks are in {above.parent}; name that")
         first, _ = tasks.setdefault(file.stem, (file, read_object(file)))
         require(first is file, f"{file}: task {file.stem} is in {first}, too")
     return tasks
@@ -240,7 +241,7 @@ def plan_epoch(pairs, batch_tokens, rng, least=2):
 
 
 def batches(pairs, c, world=1):
-    """Endless (epoch, samples); number n follows from the seed alone, for every arm and every resumption."""
+    """Endless (epoch, samples); number n is the same for every arm and every resumption."""
     for epoch in itertools.count():
         for batch in plan_epoch(pairs, c.batch_tokens, np.random.default_rng((c.seed, epoch)), max(2, world)):
             yield epoch, batch
@@ -326,13 +327,14 @@ def propose(model, questions, c, rank=0, world=1):
             yield rows and tuple(map(tuple, view_grid(np.array(rows), INVERSE[job.view]).tolist()))
 
     rng, jobs, device = np.random.default_rng(c.seed), [], model.head.weight.device
+    votes = c.colour_votes if c.permute_colours else 1      # else each would be the same
     for task, free, views in questions.values():
-        tables = colour_permutations(np.repeat(free[None], c.colour_votes, 0), rng)
+        tables = colour_permutations(np.repeat(free[None], votes, 0), rng)
         tables[0] = np.arange(N_VOCAB)
         jobs += [Sample(task, v, table, *views[v]) for table in tables for v in range(N_DIHEDRAL)]
-    lengths = [len(job.prompt) + min(MAX_OUTPUT, c.max_tokens) for job in jobs]     # in the prompts' order
+    lengths = [len(job.prompt) + min(MAX_OUTPUT, c.max_tokens) for job in jobs]     # a bound, in the prompts' order
     grids = share_out(decode, jobs, lengths, c.decode_tokens, "decode", rank, world)
-    keys = [key for key in questions for _ in range(N_DIHEDRAL * c.colour_votes)]
+    keys = [key for key in questions for _ in range(N_DIHEDRAL * votes)]
     return list(dict.fromkeys((key, grid) for key, grid in zip(keys, grids) if grid))
 
 
@@ -514,7 +516,7 @@ def parse(argv):
     mode = next((mode for mode in ("resume", "eval", "ab") if mode in given), "train")
     path, state = given.pop(mode, ""), None
     clash = given.keys() & {"ffn", "dense", "sars", "heldout", "seed"} if mode == "ab" else ()
-    require(not clash, f"--ab --{' --'.join(clash)}: the comparison sets this itself; leave it out")
+    require(not clash, f"--ab: has its own arms and seeds, no SARS, held-out pairs; leave out --{', --'.join(clash)}")
     require(mode != "resume" or not given, "--resume takes no other flag: the run goes on under its own")
     if mode in ("resume", "eval"):
         file = Path(path, "checkpoint.pt" if mode == "resume" else "")
@@ -559,10 +561,10 @@ def compare(c, argv):
     """--ab: every arm with every seed, run after run, each its own process and folder; then their table.
     Finished runs are kept and stopped ones go on: the same command continues, and runs made by hand count."""
     require("RANK" not in os.environ, "--ab: starts its runs itself; leave out torchrun")
-    deep = round(c.n_layer * (1 + c.ffn_factor / 2))                    # as many weights as with the FFN
+    deep = round(c.n_layer * (1 + c.ffn_factor / 2))                    # about the weights of the FFN's
     arms = {"no-ffn": ["--no-ffn"], "ffn": ["--ffn"], "dense": ["--dense"],
             "no-ffn-deep": ["--no-ffn", f"--n-layer={deep}"]}
-    free = {"out", "seeds", "show", "compile", "decode_tokens", "save_minutes"}             # change no result
+    free = {"out", "seeds", "show", "compile", "decode_tokens", "save_minutes"}     # change rounding at most
     signal.signal(signal.SIGINT, lambda *_: None)                       # Ctrl-C is for the run in hand
     runs = {arm: [] for arm in arms}
     for seed, arm in itertools.product(range(c.seeds), arms):
@@ -571,7 +573,7 @@ def compare(c, argv):
         words = [word for word in argv if word != "--ab"] + [*arms[arm], f"--seed={seed}", f"--out={folder}"]
         if config.exists():
             ours = asdict(parse(words)[1])
-            found = {f.name: f.default for f in fields(Run)} | read_object(config)      # as it was then
+            found = {f.name: f.default for f in fields(Run)} | read_object(config)      # it may lack new flags
             odd = sorted(name for name in ours.keys() - free if found.get(name) != ours[name])
             require(not odd, f"{folder}: a run with another --{' --'.join(odd).replace('_', '-')}; "
                     "name another --out")
@@ -753,7 +755,8 @@ def main(argv):
     if c.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if world > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if c.device == "cuda" else "gloo")  # the clock: on CPUs
+        dist.init_process_group("cpu:gloo,cuda:nccl" if c.device == "cuda" else "gloo")  # gloo for `gather`
+        c.out = gather(c.out, world)[0]                 # its name may hold the time
     if rank > 0:
         sys.stdout = None                               # print is silent then: one process speaks
     torch.manual_seed(c.seed)
