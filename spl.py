@@ -56,7 +56,8 @@ class _MAS(torch.autograd.Function):
 
 
 def mas_normalize(z):
-    """relu(z / max_j |z_j|) over the last axis: values in [0, 1], unchanged by any positive scale of z."""
+    """relu(z / max_j |z_j|) over the last axis: values in [0, 1], unchanged by any positive scale of z.
+    First derivatives only: a second backward pass through it is wrong (mas_reference has them all)."""
     return _MAS.apply(z)
 
 

@@ -516,7 +516,7 @@ def parse(argv):
     mode = next((mode for mode in ("resume", "eval", "ab") if mode in given), "train")
     path, state = given.pop(mode, ""), None
     clash = given.keys() & {"ffn", "dense", "sars", "heldout", "seed"} if mode == "ab" else ()
-    require(not clash, f"--ab: has its own arms and seeds, no SARS, held-out pairs; leave out --{', --'.join(clash)}")
+    require(not clash, f"--ab --{' --'.join(clash)}: not with its own arms, seeds and held-out pairs; leave it out")
     require(mode != "resume" or not given, "--resume takes no other flag: the run goes on under its own")
     if mode in ("resume", "eval"):
         file = Path(path, "checkpoint.pt" if mode == "resume" else "")
