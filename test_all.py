@@ -1136,7 +1136,7 @@ def test_bad_sets_are_named(tmp_path):
         (tmp_path / split / "t.json").write_text(json.dumps(GOOD["t"]))
     assert "task t is in both splits" in fault()
     shutil.copytree(tmp_path / "training", tmp_path / "up/data/training")
-    with pytest.raises(train_arc.DataError, match="its tasks are in .*up/data; name that$"):
+    with pytest.raises(train_arc.DataError, match="tasks are in .*up/data; name that$"):
         train_arc.read_tasks(tmp_path / "up", "evaluation")
     (tmp_path / "evaluation/t.json").rename(tmp_path / "evaluation/u.json")
     assert "the training split has no solutions" in fault()

@@ -134,7 +134,7 @@ def read_split(folder, split):
     whole = split == "evaluation" and not parted
     for file in sorted((folder if whole else folder / split).rglob("*.json")):
         above = file.parent
-        require(not whole or above.name not in SPLITS, f"{folder}: its tasks are in {above.parent}; name that")
+        require(not whole or above.name not in SPLITS, f"{folder}: tasks are in {above.parent}; name that")
         first, _ = tasks.setdefault(file.stem, (file, read_object(file)))
         require(first is file, f"{file}: task {file.stem} is in {first}, too")
     return tasks
@@ -332,7 +332,7 @@ def propose(model, questions, c, rank=0, world=1):
         tables = colour_permutations(np.repeat(free[None], votes, 0), rng)
         tables[0] = np.arange(N_VOCAB)
         jobs += [Sample(task, v, table, *views[v]) for table in tables for v in range(N_DIHEDRAL)]
-    lengths = [len(job.prompt) + min(MAX_OUTPUT, c.max_tokens) for job in jobs]     # a bound, in the prompts' order
+    lengths = [len(job.prompt) + min(MAX_OUTPUT, c.max_tokens) for job in jobs]                 # upper bounds
     grids = share_out(decode, jobs, lengths, c.decode_tokens, "decode", rank, world)
     keys = [key for key in questions for _ in range(N_DIHEDRAL * votes)]
     return list(dict.fromkeys((key, grid) for key, grid in zip(keys, grids) if grid))
@@ -516,7 +516,7 @@ def parse(argv):
     mode = next((mode for mode in ("resume", "eval", "ab") if mode in given), "train")
     path, state = given.pop(mode, ""), None
     clash = given.keys() & {"ffn", "dense", "sars", "heldout", "seed"} if mode == "ab" else ()
-    require(not clash, f"--ab --{' --'.join(clash)}: not with its own arms, seeds and held-out pairs; leave it out")
+    require(not clash, f"--ab --{' --'.join(clash)}: it sets its arms and seeds; leave it out")
     require(mode != "resume" or not given, "--resume takes no other flag: the run goes on under its own")
     if mode in ("resume", "eval"):
         file = Path(path, "checkpoint.pt" if mode == "resume" else "")
@@ -573,7 +573,7 @@ def compare(c, argv):
         words = [word for word in argv if word != "--ab"] + [*arms[arm], f"--seed={seed}", f"--out={folder}"]
         if config.exists():
             ours = asdict(parse(words)[1])
-            found = {f.name: f.default for f in fields(Run)} | read_object(config)      # it may lack new flags
+            found = {f.name: f.default for f in fields(Run)} | read_object(config)     # it may lack new flags
             odd = sorted(name for name in ours.keys() - free if found.get(name) != ours[name])
             require(not odd, f"{folder}: a run with another --{' --'.join(odd).replace('_', '-')}; "
                     "name another --out")
