@@ -262,6 +262,7 @@ def free_colours(task, permute=True):
 
 def load_data(c, device):
     """(names of the tasks to train on, their pairs, held-out batches); reads no output that is asked for."""
+    require(Path(c.data).is_dir(), f"--data {c.data}: no such folder")
     training, asked = read_tasks(c.data, "training"), read_tasks(c.data, c.split)
     extra = {name: task for s in SPLITS for name, task in read_tasks(c.extra, s).items()} if c.extra else {}
     solutions, both = read_solutions(c.data, "training", training), training.keys() & asked.keys()
