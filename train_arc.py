@@ -539,10 +539,7 @@ def save(path, value):
     with blame(f"{path}: cannot be written"):
         try:
             with open(temporary, "wb") as file:
-                if path.suffix == ".pt":
-                    torch.save(value, file)
-                else:
-                    file.write(json.dumps(value).encode())
+                torch.save(value, file) if path.suffix == ".pt" else file.write(json.dumps(value).encode())
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
@@ -562,7 +559,7 @@ def compare(c, argv):
     """--ab: every arm with every seed, run after run, each its own process and folder; then their table.
     Finished runs are kept and stopped ones go on: the same command continues, and runs made by hand count."""
     require("RANK" not in os.environ, "--ab: starts its runs itself; leave out torchrun")
-    deep = round(c.n_layer * (1 + c.ffn_factor / 2))                    # about the weights of the FFN's
+    deep = round(c.n_layer * (1 + c.ffn_factor / 2))              # about as many weights as with the FFN
     arms = {"no-ffn": ["--no-ffn"], "ffn": ["--ffn"], "dense": ["--dense"],
             "no-ffn-deep": ["--no-ffn", f"--n-layer={deep}"]}
     free = {"out", "seeds", "show", "compile", "decode_tokens", "save_minutes"}     # change rounding at most
