@@ -4,7 +4,7 @@
     x = x + DynSIHA(norm(x))
     x = x + MoIE(norm(x))                       only with the FFN; with f = 0 neither it nor its norm is built
 
-Symbols   D width, f = d_ffn / D, T tokens.
+Symbols   D width, f the hidden width of the FFN over D (ffn_factor), T tokens.
 Weights   DynSIHA 12·D², MoIE 6f·D². A standard block (nn.Linear, 4x FFN) has 4·D² + 8·D² = 12·D²: as many as
           the block without FFN, which makes it the fair control.
 Cost      with against without the FFN: 1 + 6f / (12 + 2T/D).
@@ -44,20 +44,20 @@ class DenseFFN(nn.Module):
 
 
 class Block(nn.Module):
-    """(B, T, D) -> (B, T, D). d_ffn = 0 leaves the FFN out; dense=True builds the nn.Linear control."""
+    """(B, T, D) -> (B, T, D). ffn_factor = 0 leaves the FFN out; dense=True builds the nn.Linear control."""
 
-    def __init__(self, d_model, n_head, d_ffn=0, dense=False, dropout=0.0):
+    def __init__(self, d_model, n_head, ffn_factor=0, dense=False, dropout=0.0):
         super().__init__()
+        self.ffn_factor, self.dropout = ffn_factor, dropout
         self.attn_norm = nn.RMSNorm(d_model)
         self.attn = DynSIHA(d_model, n_head, nn.Linear if dense else SparseProtoLinear)
-        if d_ffn:
+        if ffn_factor:
             self.ffn_norm = nn.RMSNorm(d_model)
-            self.ffn = (DenseFFN if dense else MoIE)(d_model, d_ffn)
-        self.has_ffn, self.dropout = d_ffn > 0, dropout
+            self.ffn = (DenseFFN if dense else MoIE)(d_model, ffn_factor * d_model)
 
     def forward(self, x, rope, cache=None, mask=None):
         x = x + F.dropout(self.attn(self.attn_norm(x), rope, cache, mask), self.dropout, self.training)
-        if self.has_ffn:
+        if self.ffn_factor:
             x = x + F.dropout(self.ffn(self.ffn_norm(x)), self.dropout, self.training)
         return x
 
@@ -71,8 +71,8 @@ if __name__ == "__main__":
     for T in (256, 1024):
         rope = rotary(torch.arange(T, device=device).expand(B, T)[..., None], D // H)
         x = torch.randn(B, T, D, device=device, requires_grad=True)
-        blocks = {f: Block(D, H, f * D).to(device) for f in (0, 1, 2, 4)}
-        blocks["dense"] = Block(D, H, 4 * D, dense=True).to(device)
+        blocks = {f: Block(D, H, f).to(device) for f in (0, 1, 2, 4)}
+        blocks["dense"] = Block(D, H, 4, dense=True).to(device)
         t = bench({f: forward_backward(lambda x, b=b: b(x, rope), x) for f, b in blocks.items()}, calls=calls)
         for f in (1, 2, 4):
             print(f"{T:6} {f:3} {12 + 6 * f:6}·D² {1000 * t[0]:6.1f} ms {1000 * t[f]:6.1f} ms "

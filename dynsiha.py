@@ -12,10 +12,8 @@ Symbols   B batch, T tokens, S slots of the cache that are read, D width, H head
 Cost      4 SPLs: 12·D² multiply-adds per token, plus 2·T·D for the attention itself.
 Source    DynSIHA is the attention of Tiny-ONN; rotary positions: Su et al. 2021, arXiv:2104.09864.
 Copy      this file and spl.py.
-Run       python dynsiha.py [checkpoint of train_arc.py]
+Run       python dynsiha.py
 """
-
-import sys
 
 import torch
 import torch.nn.functional as F
@@ -45,8 +43,9 @@ def rotate(x, cos, sin):
 class KVCache:
     """The keys and values of one layer, in S_max slots made beforehand; `append` fills the next ones.
 
-    `length` is a tensor, and S, the number of slots to read, the caller's: which of them are filled is the
-    mask's business. So each step of decoding runs the same kernels, and a CUDA graph can hold it.
+    All updates are in place and `length` is a tensor, so that each step of decoding runs the same kernels on
+    the same memory: a CUDA graph of one step is then good for the next. S, the number of slots to read, is
+    the caller's: which of them are filled is the mask's business.
     """
 
     def __init__(self, B, H, S_max, h, device=None, dtype=None):
@@ -56,26 +55,11 @@ class KVCache:
 
     def append(self, k, v, S):
         """k, v (B, H, T, h) go into the next T slots -> the first S slots of all, each (B, H, S, h)."""
-        at = self.length + torch.arange(k.shape[2], device=k.device)
-        self.k.index_copy_(2, at, k)
-        self.v.index_copy_(2, at, v)
+        slots = self.length + torch.arange(k.shape[2], device=k.device)
+        self.k.index_copy_(2, slots, k)
+        self.v.index_copy_(2, slots, v)
         self.length += k.shape[2]
         return self.k[:, :, :S], self.v[:, :, :S]
-
-
-def captured(step):
-    """`step`, which must have run before, as one CUDA graph: a call launches its kernels together.
-
-    They read and write the tensors that `step` uses now; the caller keeps these.
-    """
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = step()
-
-    def replay():
-        graph.replay()
-        return out
-    return replay
 
 
 class DynSIHA(nn.Module):
@@ -92,70 +76,49 @@ class DynSIHA(nn.Module):
         """rope: (cos, sin) of `rotary`. mask (B, 1, T, S): the slots each token may read; None is causal,
         and needs an empty cache."""
         B, T, D = x.shape
-        q, k, v = (f(x).view(B, T, self.n_head, -1) for f in (self.q, self.k, self.v))          # (B, T, H, h)
-        q, k, v = rotate(q.transpose(1, 2), *rope), rotate(k.transpose(1, 2), *rope), v.transpose(1, 2)
+        q, k, v = (f(x).view(B, T, self.n_head, D // self.n_head) for f in (self.q, self.k, self.v))
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)                       # (B, H, T, h)
+        q, k = rotate(q, *rope), rotate(k, *rope)                                               # (B, H, T, h)
         if cache is not None:
             k, v = cache.append(k, v, T if mask is None else mask.shape[-1])                    # (B, H, S, h)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)     # (B, H, T, h)
-        return self.o(y.transpose(1, 2).reshape(B, T, D))
+        return self.o(y.transpose(1, 2).reshape(B, T, D))                                       # (B, T, D)
+
+
+@torch.no_grad()
+def double_attention(layer, x, rope):
+    """Both attentions of a DynSIHA layer on x (B, T, D), made visible: {"q": M, "k": M, "v": M, "o": M}, the
+    masks of its SPLs over their neurons, each (B, T, D), and the weights over tokens, (B, H, T, T)."""
+    B, T, D = x.shape
+    H, h = layer.n_head, D // layer.n_head
+    q, k, v = (f(x).view(B, T, H, h).transpose(1, 2) for f in (layer.q, layer.k, layer.v))      # (B, H, T, h)
+    scores = rotate(q, *rope) @ rotate(k, *rope).mT / h**0.5                                    # (B, H, T, T)
+    future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
+    weights = scores.masked_fill(future, float("-inf")).softmax(-1)
+    y = (weights @ v).transpose(1, 2).reshape(B, T, D)
+    inputs = {"q": x, "k": x, "v": x, "o": y}
+    return {name: getattr(layer, name).route(inputs[name])[1] for name in "qkvo"}, weights
 
 
 if __name__ == "__main__":
     B, T, D, H = 4, 256, 256, 8
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x = torch.randn(B, T, D, device=device, requires_grad=True)
-    pos = torch.arange(T, device=device).expand(B, T)[..., None]
-    rope = rotary(pos, D // H)
+    rope = rotary(torch.arange(T, device=device).expand(B, T)[..., None], D // H)
     sparse, dense = DynSIHA(D, H).to(device), DynSIHA(D, H, nn.Linear).to(device)
     layers = {"sparse": sparse, "dense": dense}
     t = bench({name: forward_backward(lambda x, f=f: f(x, rope), x) for name, f in layers.items()})
     print(f"Attention at B={B} T={T} D={D} H={H} on {device}, forward and backward")
     for name, linear, weights in (("dense", "nn.Linear", 4), ("sparse", "SPL", 12)):
         print(f"  {linear:10} {weights:3}·D² weights {1000 * t[name]:8.2f} ms  {t[name] / t['dense']:5.2f}x")
-    cache, y = KVCache(B, H, T, D // H, device), sparse(x, rope)
-    mask = torch.ones(B, 1, 1, 8, dtype=torch.bool, device=device)
-    steps = [sparse(x[:, i:i + 1], [r[:, :, i:i + 1] for r in rope], cache, mask[..., :i + 1])
-             for i in range(8)]
+
+    with torch.no_grad():
+        cache, y, steps = KVCache(B, H, T, D // H, device), sparse(x, rope), []
+        for i in range(8):
+            cos, sin = rope
+            now = cos[:, :, i:i + 1], sin[:, :, i:i + 1]
+            filled = torch.ones(B, 1, 1, i + 1, dtype=torch.bool, device=device)
+            steps.append(sparse(x[:, i:i + 1], now, cache, filled))
     error = (torch.cat(steps, 1) - y[:, :8]).abs().max()
     print(f"Token by token through the cache the output differs by at most {error:.1e}")
     assert y.shape == (B, T, D)
-
-    # Both attentions on a real pair, the first of ARC's training task 0d3d703e: a fixed map of colours.
-    grids = [[3, 1, 2]] * 3, [[4, 5, 6]] * 3
-    names, pos = ["<start>"], [(0, 0, 0)]
-    for role, grid in enumerate(grids):
-        for r, row in enumerate(grid):
-            names += [str(cell) for cell in row] + ["<nl>"]
-            pos += [(r, column, role) for column in range(len(row) + 1)]
-        names.append(("<sep>", "<end>")[role])
-        pos.append((len(grid), 0, role))
-    vocabulary = [*"0123456789", "<start>", "<nl>", "<sep>", "<end>"]
-    if len(sys.argv) > 1:                               # block 0 of a run of train_arc.py, but not of --dense
-        state = torch.load(sys.argv[1], map_location="cpu", weights_only=True)
-        weights, H, task = state["model"], state["config"]["n_head"], state["names"].index("0d3d703e")
-        embedding = weights["token.weight"] + weights["view.weight"][0] + weights["task.weight"][task]
-        layer, head = DynSIHA(embedding.shape[1], H), "blocks.0.attn."
-        layer.load_state_dict({name.removeprefix(head): w for name, w in weights.items() if head in name})
-        scale = weights["blocks.0.attn_norm.weight"]
-    else:
-        embedding, layer, scale = torch.randn(14, D), DynSIHA(D, H), torch.ones(D)
-    with torch.no_grad():
-        D, t = embedding.shape[1], names.index("<sep>")
-        x = F.rms_norm(embedding[[vocabulary.index(name) for name in names]], (D,), scale)[None]  # (1, T, D)
-        rope = rotary(torch.tensor([pos]), D // H)
-        q, k, v = (f(x).view(1, -1, H, D // H).transpose(1, 2) for f in (layer.q, layer.k, layer.v))
-        scores = rotate(q, *rope) @ rotate(k, *rope).mT / (D // H) ** 0.5                       # (1, H, T, T)
-        weight = scores[0, :, t, :t + 1].softmax(-1)                                            # (H, t + 1)
-        y = F.scaled_dot_product_attention(rotate(q, *rope), rotate(k, *rope), v, is_causal=True)
-        inputs = {"q": x, "k": x, "v": x, "o": y.transpose(1, 2).reshape(1, -1, D)}
-    source = "".join(sys.argv[1:]) or "a random layer (name a checkpoint for a trained one)"
-    print(f"\nThe double attention of <sep>, which must name the output's first cell, in {source}")
-    print("  first, token -> prototypes: neurons that fire, and the strongest with their masks")
-    for name, inner in inputs.items():
-        M = getattr(layer, name).route(inner)[1][0, t]
-        top = "  ".join(f"{j}: {M[j]:.2f}" for j in M.topk(5).indices.tolist())
-        print(f"    {name}: {(M > 0).sum()} of {D};  {top}")
-    print("  second, token -> tokens: where its heads look, token at (row, column, role) and weight")
-    for head in range(min(H, 4)):
-        best = weight[head].topk(3).indices.tolist()
-        print(f"    head {head}:", "  ".join(f"{names[s]} at {pos[s]}: {weight[head, s]:.2f}" for s in best))

@@ -10,36 +10,46 @@ A sequence is a pair of grids; a token's position is its row, its column and its
 
 Symbols   B batch, T tokens, P prompt columns, D width, H heads, h = D/H, L layers, f FFN factor.
 Copy      this file, block.py, dynsiha.py and spl.py.
-Run       python model.py
+Run       python model.py [checkpoint of train_arc.py]
 """
 
 import math
-from collections import Counter
+import sys
+from collections import Counter, namedtuple
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from block import Block
-from dynsiha import KVCache, captured, rotary
-from spl import SparseProtoLinear, bench
+from dynsiha import KVCache, double_attention, rotary
+from spl import SparseProtoLinear, bench, routing_loss
 
 START, NL, SEP, END, N_VOCAB = 10, 11, 12, 13, 14       # 0..9 are the colours
 MAX_SIDE = 30                                           # rows and columns of a grid, at most
 MAX_OUTPUT = MAX_SIDE * (MAX_SIDE + 1) + 1              # 30 rows of 30 cells and <nl>, then <end>
 IGNORE = -100                                           # the target of a token that is not scored
+INVERSE = 0, 3, 2, 1, 4, 5, 6, 7                        # of each view: a mirror undoes itself
+N_VIEW = len(INVERSE)
 STRIDE = 64                                             # slots by which decoding reads more of its cache
 # dense bfloat16 FLOP/s, from the data sheets
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "4090": 165e12, "5090": 210e12}
 
 
-# ---------------------------------------------------------------------------------------- grids and positions
-def encode_grid(grid, stop):
-    """(h, w) array -> its h·(w+1) + 1 tokens: rows, each closed by <nl>, then `stop`."""
-    return [token for row in grid.tolist() for token in (*row, NL)] + [stop]
+# ------------------------------------------------------------------------------------------ grids and positions
+def view_grid(grid, view):
+    """One of the 8 dihedral views: transposed from 4 on, then turned by view % 4 quarters. INVERSE[view] is
+    the view that undoes it."""
+    return np.rot90(grid.T if view >= 4 else grid, view % 4)
+
+
+def encode_grid(grid):
+    """(h, w) array -> its h·(w+1) tokens, a <nl> after each row."""
+    return [token for row in grid.tolist() for token in (*row, NL)]
 
 
 def decode_grid(tokens):
@@ -47,17 +57,49 @@ def decode_grid(tokens):
     body, end, _ = bytes(list(tokens)).partition(bytes([END]))
     *rows, rest = body.split(bytes([NL]))
     widths = {len(row) for row in rows}
-    ok = end and not rest and len(widths) == 1 and 0 not in widths and max(*widths, len(rows)) <= MAX_SIDE
-    return [list(row) for row in rows] if ok and max(b"".join(rows)) <= 9 else None
+    if not end or rest or len(widths) != 1 or not 1 <= min(widths) <= max(*widths, len(rows)) <= MAX_SIDE:
+        return None
+    return [list(row) for row in rows] if max(b"".join(rows)) <= 9 else None
 
 
 def encode_prompt(grid):
-    return [START] + encode_grid(grid, SEP)
+    return [START, *encode_grid(grid), SEP]
 
 
 def pair_tokens(x, y):
     """Length of a pair in its longest view: cells, a <nl> for each row or column, <start>, <sep>, <end>."""
     return x.size + max(x.shape) + y.size + max(y.shape) + 3
+
+
+# One sequence: the first n_prompt of its tokens are given, and <end> follows its last.
+Sample = namedtuple("Sample", "task view tokens n_prompt")
+
+
+def encode_views(task, x, y=None):
+    """[Sample in each of the 8 views] of a pair; without an output y, of the prompt alone."""
+    samples = []
+    for view in range(N_VIEW):
+        prompt = encode_prompt(view_grid(x, view))
+        answer = [] if y is None else encode_grid(view_grid(y, view))
+        samples.append(Sample(task, view, np.array(prompt + answer, dtype=np.uint8), len(prompt)))
+    return samples
+
+
+def collate(samples, device):
+    """Samples -> tokens (B, T), task (B,), view (B,), targets (B, T) on `device`, padded on the right.
+    The target at t is token t + 1 where that is an output token or <end>, IGNORE elsewhere."""
+    T, on_cuda = max(len(sample.tokens) for sample in samples), torch.device(device).type == "cuda"
+    if on_cuda:
+        T = math.ceil(T / 8) * 8                            # other lengths would be compiled apart
+    tokens, targets = np.full((len(samples), T), END), np.full((len(samples), T), IGNORE)
+    for row, (_, _, sequence, n_prompt) in enumerate(samples):
+        tokens[row, :len(sequence)] = sequence
+        targets[row, n_prompt - 1:len(sequence)] = [*sequence[n_prompt:], END]
+    task, view = [sample.task for sample in samples], [sample.view for sample in samples]
+    parts = [torch.as_tensor(part) for part in (tokens, task, view, targets)]
+    if on_cuda:                                             # from pinned memory, no copy waits for the GPU
+        parts = [part.pin_memory().to(device, non_blocking=True) for part in parts]
+    return parts
 
 
 def advance(token, pos):
@@ -85,12 +127,12 @@ def positions(tokens):
 class Config:
     n_vocab: int = N_VOCAB  # tokens
     n_task: int = 1         # task embeddings
-    n_view: int = 8         # view embeddings
+    n_view: int = N_VIEW    # view embeddings
     d_model: int = 128      # D
     n_head: int = 2         # H
     n_layer: int = 4        # L
-    ffn_factor: int = 1     # f of MoIE; 0 leaves the FFN out
-    dense: bool = False     # nn.Linear attention and a 4x GELU FFN: the control of 12·D² weights per block
+    ffn_factor: int = 1     # hidden width of the FFN over D; 0 leaves the FFN out
+    dense: bool = False     # nn.Linear and GELU in place of SPLs; with ffn_factor 4, the control of equal size
     dropout: float = 0.0    # share of a branch's output, in training
     dtype: str = "float32"  # or "bfloat16": of the products, by autocast
 
@@ -99,11 +141,10 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         c = self.config = config
-        d_ffn = 4 * c.d_model if c.dense else c.ffn_factor * c.d_model
         self.token = nn.Embedding(c.n_vocab, c.d_model)
         self.task = nn.Embedding(c.n_task, c.d_model)
         self.view = nn.Embedding(c.n_view, c.d_model)
-        block = c.d_model, c.n_head, d_ffn, c.dense, c.dropout
+        block = c.d_model, c.n_head, c.ffn_factor, c.dense, c.dropout
         self.blocks = nn.ModuleList(Block(*block) for _ in range(c.n_layer))
         self.norm = nn.RMSNorm(c.d_model)
         self.head = nn.Linear(c.d_model, c.n_vocab, bias=False)
@@ -138,6 +179,9 @@ class Transformer(nn.Module):
 
     def spls(self):
         return {name: m for name, m in self.named_modules() if isinstance(m, SparseProtoLinear)}
+
+    def routing_weights(self):
+        return [p for spl in self.spls().values() for p in (spl.proto_weight, spl.gate_weight)]
 
     @contextmanager
     def watch(self):
@@ -177,34 +221,50 @@ class Transformer(nn.Module):
 
         tokens (B, P), lengths (B,). A row ends with `end`, or where its grid exceeds `limit` a side. Its new
         tokens are cached in the slots after P. Positions travel as angles, so a slot means nothing: the mask
-        alone says what is read, never the padding. The slots read grow by STRIDE; on CUDA, the first step of
-        a size runs as it stands, and the others are a graph of it.
+        alone says what is read, never the padding. The slots that are read grow by STRIDE.
         """
         (B, P), c, device = tokens.shape, self.config, tokens.device
         dtype = torch.bfloat16 if c.dtype == "bfloat16" else self.head.weight.dtype
         size = math.ceil((P + max_new) / STRIDE) * STRIDE
         caches = [KVCache(B, c.n_head, size, c.d_model // c.n_head, device, dtype) for _ in self.blocks]
-        last, pos = (torch.arange(B, device=device), lengths - 1), positions(tokens)
-        logits, token, now = self(tokens, task, view, pos, caches)[last], tokens[last], pos[last]
-        mask = (torch.arange(size, device=device) < lengths[:, None])[:, None, None]       # (B, 1, 1, size)
+        row, last, pos = torch.arange(B, device=device), lengths - 1, positions(tokens)
+        logits = self(tokens, task, view, pos, caches)[row, last]                     # (B, n_vocab)
+        token, now = tokens[row, last], pos[row, last]                                # (B,), (B, 3)
+        mask = (torch.arange(size, device=device) < lengths[:, None])[:, None, None]  # (B, 1, 1, size)
         out, all_logits, done = [], [], torch.zeros(B, dtype=torch.bool, device=device)
         for slot in range(P, P + max_new):
-            now.copy_(advance(token, now))                                            # (B, 3)
-            token.copy_(logits.argmax(-1).masked_fill(done, end))                     # (B,)
+            # A CUDA graph reads the very tensors that it was recorded with, so `now`, `token` and `mask` are
+            # updated in place, and what is kept of a step is a copy.
+            now.copy_(advance(token, now))
+            token.copy_(logits.argmax(-1).masked_fill(done, end))
             done = done | (token == end) | (now > limit).any(-1)
             out.append(token.clone())
             if return_logits:
                 all_logits.append(logits.clone())
             if done.all() or slot == P + max_new - 1:
                 break
-            mask[..., slot], grows = True, slot == P or slot % STRIDE == 0
+            mask[..., slot] = True
+            grows = slot == P or slot % STRIDE == 0
             if grows:
                 read = mask[..., :(slot // STRIDE + 1) * STRIDE]
                 step = partial(self, token[:, None], task, view, now[:, None], caches, read)
             logits = step()[:, -1]
-            if grows and tokens.is_cuda:
+            if grows and tokens.is_cuda:                       # the first step of a size has warmed it up
                 step = captured(step)
         return (torch.stack(out, 1), torch.stack(all_logits, 1)) if return_logits else torch.stack(out, 1)
+
+
+def captured(step):
+    """`step`, which must have run before, as one CUDA graph: a call launches all its kernels together. They
+    read and write the tensors that `step` uses now; the caller keeps these and updates them in place."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+
+    def replay():
+        graph.replay()
+        return out
+    return replay
 
 
 # ------------------------------------------------------------------------------------------ loss and monitors
@@ -212,6 +272,25 @@ def task_loss(model, tokens, task, view, targets):
     """Cross-entropy summed over the tokens that have a target; the caller divides by their number."""
     logits = model(tokens, task, view).flatten(0, 1).float()                                  # (B·T, n_vocab)
     return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="sum")
+
+
+def sample_losses(model, tokens, task, view, targets):
+    """(B,): the same for each row by itself, -log of the probability of its output."""
+    logits = model(tokens, task, view).float().transpose(1, 2)                                # (B, n_vocab, T)
+    return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none").sum(1)
+
+
+def train_routing(model, seen, targets, clip):
+    """SARS, after the backward pass of the task loss under `watch`: W_p and W_g get the gradient of the
+    routing loss in place of the task loss's, clipped by itself. Returns that loss, the mean over SPLs."""
+    weights = model.routing_weights()
+    with model.autocast():
+        losses = [routing_loss(*layer, unpadded(targets)) for layer in seen.values()]
+        loss = sum(losses) / len(losses)
+    for p, gradient in zip(weights, torch.autograd.grad(loss, weights)):
+        p.grad = gradient
+    nn.utils.clip_grad_norm_(weights, clip)
+    return loss
 
 
 def unpadded(targets):
@@ -228,8 +307,9 @@ def pi_score(loss, entropy, grad_norm, a=1.0, c=0.5):
 def evaluate(model, batches):
     """Means over `batches` of (tokens, task, view, targets). Per target: loss, entropy, tokens (share right);
     per row: grids (share right throughout); per token up to a row's last target, for each SPL and for their
-    mean: active (share of M > 0) and failed (routing failure: no neuron active)."""
-    sums, n = Counter(), Counter()
+    mean: active (share of M > 0) and failed (routing failure: no neuron active). A model without SPLs has
+    neither of these two."""
+    sums, n, training = Counter(), Counter(), model.training
     model.eval()
     with model.watch() as seen, model.autocast(), torch.compiler.set_stance("force_eager"):
         for *inputs, targets in batches:
@@ -245,25 +325,22 @@ def evaluate(model, batches):
                 for kind, share in ("active", fires.float().mean(-1)), ("failed", ~fires.any(-1)):
                     sums[f"{kind} {name}"] += (share * real).sum()
                     sums[kind] += (share * real).sum() / len(seen)
-    model.train()
+    model.train(training)
     per = {"loss": "scored", "entropy": "scored", "tokens": "scored", "grids": "rows"}
-    means = {name: float(total / n[per.get(name, "real")]) for name, total in sums.items()}
-    return {"active": math.nan, "failed": math.nan} | means                 # the dense control has no SPL
+    return {name: float(total / n[per.get(name, "real")]) for name, total in sums.items()}
 
 
 if __name__ == "__main__":
     device = "cuda" if torch.cuda.is_available() else "cpu"
     B, T, new = 64, 32, 40
-    tokens, zero = torch.randint(14, (B, T), device=device), torch.zeros(B, device=device).long()
-    print(f"A model of D=128, L=4 on {device}: a training step on {B} sequences of {T} tokens")
-    print(f"{'':10} {'parameters':>11} {'FLOPs/token':>12} {'ms':>7}")
-    models = {"no FFN": Config(ffn_factor=0), "MoIE f=1": Config(), "dense": Config(dense=True)}
-    models = {name: Transformer(config).to(device) for name, config in models.items()}
-    t = bench({name: lambda m=m: m(tokens, zero, zero).sum().backward() for name, m in models.items()})
-    for name, m in models.items():
-        print(f"{name:10} {m.n_params():11} {m.flops_per_token(T):12} {1000 * t[name]:7.1f}")
+    tokens, zero = torch.randint(10, (B, T), device=device), torch.zeros(B, device=device).long()
+    print(f"{'D=128, L=4':10} {'parameters':>11} {'FLOPs/token':>12}")
+    configs = {"no FFN": Config(ffn_factor=0), "MoIE f=1": Config(), "dense": Config(dense=True, ffn_factor=4)}
+    for name, config in configs.items():
+        model = Transformer(config)
+        print(f"{name:10} {model.n_params():11} {model.flops_per_token(T):12}")
 
-    model = models["no FFN"].eval()
+    model = Transformer(configs["no FFN"]).to(device).eval()
     nn.init.normal_(model.head.weight)
     cached = partial(model.generate, tokens, zero + T, zero, zero, new, end=-1, limit=math.inf)
 
@@ -278,3 +355,24 @@ if __name__ == "__main__":
     print(f"Decoding {new} tokens for {B} prompts: {B * new / t['cached']:.0f} tokens/s with the cache, "
           f"{B * new / t['recomputed']:.0f} recomputing the prefix: {t['recomputed'] / t['cached']:.0f}x")
     assert (cached() == recomputed()).float().mean() > 0.99
+
+    # Both attentions in block 0, at the end of the first input of ARC's task 0d3d703e, three rows of 3 1 2.
+    source, task, model = "a random model (name a checkpoint for a trained one)", 0, model.cpu()
+    if len(sys.argv) > 1:
+        state = torch.load(sys.argv[1], map_location="cpu", weights_only=True)
+        source, task, model = sys.argv[1], state["names"].index("0d3d703e"), Transformer(Config(**state["shape"]))
+        model.load_state_dict(state["model"])
+    prompt = torch.tensor([[START, *[3, 1, 2, NL] * 3, SEP]])
+    with model.eval().watch() as seen, torch.no_grad():
+        model(prompt, torch.tensor([task]), torch.tensor([0]))
+    layer, (_, x, _) = model.blocks[0].attn, seen["blocks.0.attn.q"]
+    masks, weights = double_attention(layer, x, rotary(positions(prompt), x.shape[-1] // layer.n_head))
+    print(f"\nThe double attention of <sep>, after which the output begins, in {source}")
+    for part, mask in masks.items():
+        M = mask[0, -1]
+        strongest = "  ".join(f"{j}: {M[j]:.2f}" for j in M.topk(4).indices)
+        print(f"  {part}: {(M > 0).sum()} of {len(M)} neurons fire; {strongest}")
+    names = [*"0123456789", "<start>", "<nl>", "<sep>", "<end>"]
+    for head, weight in enumerate(weights[0, :4, -1]):
+        best = "  ".join(f"{names[prompt[0, t]]} at {t}: {weight[t]:.2f}" for t in weight.topk(3).indices)
+        print(f"  head {head} looks at {best}")

@@ -20,7 +20,6 @@ Run       python spl.py
 
 import itertools
 import math
-import shutil
 import statistics
 import time
 
@@ -36,29 +35,53 @@ class _MAS(torch.autograd.Function):
 
     Autograd's amax looks for the entry that equals the maximum. Compiled in bfloat16 one of the two is
     rounded, none is found, and 0/0 makes the gradient NaN; so |n_i| = 1 is taken to a rounding error here.
+    n and max|z| are returned as well, because torch.func asks that what is saved be an input or an output.
     """
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx, z):
+    def forward(z):
         # A fixed guard of 1e-9 is 0 in float16, and 0/0 is NaN: take the dtype's own smallest normal number.
         peak = z.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(z.dtype).tiny)
         n = z / peak
-        ctx.save_for_backward(n, peak)
-        return F.relu(n)
+        return F.relu(n), n, peak
 
     @staticmethod
-    def backward(ctx, g):
-        n, peak = ctx.saved_tensors
+    def setup_context(ctx, inputs, output):
+        _, n, peak = output
+        ctx.mark_non_differentiable(peak)
+        ctx.set_materialize_grads(False)               # n is for backward alone and never has a gradient
+        ctx.save_for_backward(n, peak)
+
+    @staticmethod
+    def backward(ctx, g, _n, _peak):
+        return _MASBackward.apply(g, *ctx.saved_tensors)
+
+
+class _MASBackward(torch.autograd.Function):
+    """The derivative above, as a function of its own, so that a second backward pass has a place to fail."""
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(g, n, peak):
         g = g * (n > 0)
         top = (n.abs() >= 1 - 2 * torch.finfo(n.dtype).eps).to(n.dtype)
         share = (g * n).sum(-1, keepdim=True) / top.sum(-1, keepdim=True).clamp_min(1)
         return (g - top * n * share) / peak
 
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, g):
+        raise NotImplementedError("mas_normalize has first derivatives only; mas_reference has all of them")
+
 
 def mas_normalize(z):
     """relu(z / max_j |z_j|) over the last axis: values in [0, 1], unchanged by any positive scale of z.
-    First derivatives only: a second backward pass through it is wrong (mas_reference has them all)."""
-    return _MAS.apply(z)
+    It has first derivatives only and raises NotImplementedError when a second is taken."""
+    return _MAS.apply(z)[0]
 
 
 def mas_reference(z):
@@ -77,48 +100,51 @@ def spl_reference(x, mu_weight, mu_bias, proto_weight, gate_weight):
 
 
 class SparseProtoLinear(nn.Module):
-    """Maps (..., in_features) to (..., out_features); any leading shape, any floating dtype."""
+    """Maps (..., in_features) to (..., out_features), with the arguments of nn.Linear: any leading shape, any
+    floating dtype. `bias` is b_mu; the routing has none."""
 
-    def __init__(self, in_features, out_features):
+    def __init__(self, in_features, out_features, bias=True, device=None, dtype=None):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.mu_weight = nn.Parameter(torch.empty(out_features, in_features))
-        self.mu_bias = nn.Parameter(torch.empty(out_features))
-        self.proto_weight = nn.Parameter(torch.empty(out_features, in_features))
-        self.gate_weight = nn.Parameter(torch.empty(out_features, in_features))
+
+        def matrix():
+            return nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+        self.mu_weight, self.proto_weight, self.gate_weight = matrix(), matrix(), matrix()
+        vector = torch.empty(out_features, device=device, dtype=dtype)
+        self.register_parameter("mu_bias", nn.Parameter(vector) if bias else None)
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self):
         bound = 1 / math.sqrt(self.in_features)
-        self.mu_weight.normal_(std=2 * bound)          # the mask stops half of the neurons, shrinks others
-        self.mu_bias.zero_()
-        self.proto_weight.uniform_(-bound, bound)      # small: the learned match must outgrow the random one
+        # The mask stops half of the neurons and shrinks the others, so W_mu starts at twice the usual scale.
+        self.mu_weight.normal_(std=2 * bound)
+        if self.mu_bias is not None:
+            self.mu_bias.zero_()
+        # The prototypes start small, because the learned match must outgrow the random one.
+        self.proto_weight.uniform_(-bound, bound)
         # The gate starts as the opposite of the prototype, costly where that mismatches, plus noise. W_g = 0
         # sits on relu's corner and never learns; W_g = -W_p alone charges no active neuron and hardly learns.
         self.gate_weight.uniform_(-0.3 * bound, 0.3 * bound).sub_(self.proto_weight)
 
-    def paths(self, x):
-        """(Y_comp, V_match, L_gate), each (..., D_out): the products share x, so one GEMM makes all three."""
-        scale = 1 / math.sqrt(self.in_features)
-        weight = torch.cat((self.mu_weight, self.proto_weight * scale, self.gate_weight))  # (3·D_out, D_in)
-        Y, V_match, L_gate = F.linear(x, weight).split(self.out_features, dim=-1)
-        Y_comp = Y + self.mu_bias.to(Y.dtype)              # a bias in the GEMM would have to be 3·D_out long
-        return Y_comp, V_match, L_gate
+    def forward(self, x):
+        # The three products share x, so one matrix product makes them all. The match is scaled at its weight.
+        proto_weight = self.proto_weight / math.sqrt(self.in_features)
+        weight = torch.cat((self.mu_weight, proto_weight, self.gate_weight))          # (3·D_out, D_in)
+        Y_comp, V_match, L_gate = F.linear(x, weight).split(self.out_features, dim=-1)
+        if self.mu_bias is not None:
+            Y_comp = Y_comp + self.mu_bias.to(Y_comp.dtype)
+        return Y_comp * mas_normalize(V_match - mas_normalize(L_gate))
 
     def route(self, x):
-        """(logits, M), each (..., D_out): the routing alone, for monitoring."""
+        """(logits, M), each (..., D_out): the routing alone, for monitoring and for SARS."""
         weight = torch.cat((self.proto_weight / math.sqrt(self.in_features), self.gate_weight))
         V_match, L_gate = F.linear(x, weight).split(self.out_features, dim=-1)
         logits = V_match - mas_normalize(L_gate)
         return logits, mas_normalize(logits)
 
-    def forward(self, x):
-        Y_comp, V_match, L_gate = self.paths(x)
-        return Y_comp * mas_normalize(V_match - mas_normalize(L_gate))
-
     def extra_repr(self):
-        return f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{self.in_features}, {self.out_features}, bias={self.mu_bias is not None}"
 
 
 # ---- SARS (Surprise-Aware Routing Shaping): routing learns to fire the neurons that are worth it ----
@@ -143,10 +169,26 @@ def routing_loss(spl, x, Y_out, real):
     """
     def normalized(z):
         return z / z.sum(-1, keepdim=True).clamp_min(torch.finfo(z.dtype).tiny)
-    M, real = spl.route(x.detach())[1].float(), real.unsqueeze(-1)                    # (..., D_out), (..., 1)
-    e, r = ((z.detach().float() * real).flatten(0, -2).norm(dim=0) for z in (Y_out, Y_out.grad * M.detach()))
-    G = goodness(e, r, spl.mu_weight.grad.norm(dim=1))
-    return (jsd(normalized(M), normalized(G)) * real[..., 0]).sum() / real.sum()
+
+    def norms(z):                                              # over the real tokens: (..., D_out) -> (D_out,)
+        return (z.detach().float() * real.unsqueeze(-1)).flatten(0, -2).norm(dim=0)
+    M = spl.route(x.detach())[1].float()                       # (..., D_out)
+    dY_comp = Y_out.grad * M.detach()                          # Y_out = Y_comp ⊙ M
+    G = goodness(norms(Y_out), norms(dY_comp), spl.mu_weight.grad.norm(dim=1))
+    return (jsd(normalized(M), normalized(G)) * real).sum() / real.sum()
+
+
+# ---- measuring, for the demos of the concept files ----
+def can_compile(device):
+    """Whether torch.compile works here, tried on a tiny function; if not, one line says why. It needs a C++
+    compiler, Python's headers, and a cache folder that it may write to and execute from."""
+    try:
+        torch.compile(lambda x: (x + 1).sin())(torch.ones(8, device=device))
+        return True
+    except Exception as fault:         # the compiler's tools raise errors of many kinds, none of them ours
+        reason = str(fault).strip().splitlines() or [type(fault).__name__]
+        print(f"torch.compile does not work here, going on without it: {reason[0][:200]}")
+        return False
 
 
 def bench(candidates, seconds=3.0, calls=1):
@@ -176,7 +218,7 @@ def forward_backward(layer, x):
 if __name__ == "__main__":
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype, N, calls = (torch.bfloat16, 2**18, 10) if device == "cuda" else (torch.float32, 4096, 1)
-    compiler = device == "cuda" or shutil.which("g++")
+    compiles = can_compile(device)
     print(f"What an SPL costs, forward and backward, {N} tokens, {dtype}, {device}; 1 is one F.linear to 3·D")
     columns = "dense layer", "to 3·D", "SPL", "compiled", "literal"
     print(f"{'D':>5}" + "".join(f"{name:>13}" for name in (*columns, "ms to 3·D", "active")))
@@ -184,9 +226,10 @@ if __name__ == "__main__":
         x = torch.randn(N, D, device=device, dtype=dtype, requires_grad=True)
         layers = nn.Linear(D, D), nn.Linear(D, 3 * D), SparseProtoLinear(D, D)
         dense, triple, spl = (layer.to(device, dtype) for layer in layers)
-        layers = dense, triple, spl, torch.compile(spl), lambda x: spl_reference(x, *spl.parameters())[0]
+        weights = spl.mu_weight, spl.mu_bias, spl.proto_weight, spl.gate_weight
+        layers = dense, triple, spl, torch.compile(spl), lambda x: spl_reference(x, *weights)[0]
         runs = {name: forward_backward(layer, x) for name, layer in zip(columns, layers)
-                if name != "compiled" or compiler}
+                if name != "compiled" or compiles}
         t = bench(runs, calls=calls)
         ratios = "".join(f"{t.get(name, math.nan) / t['to 3·D']:13.2f}" for name in columns)
         print(f"{D:5}{ratios}{1000 * t['to 3·D']:13.2f}{(spl.route(x)[1] > 0).float().mean():13.0%}")

@@ -2,623 +2,502 @@
 
     python train_arc.py --no-ffn                 attention only, on this machine's GPU or CPU
     python train_arc.py                          with the MoIE FFN; --dense is the standard transformer
-    python train_arc.py --help                   every flag; --resume, --eval and --ab among them
+    python train_arc.py --help                   every flag; --resume, --eval and --compare among them
+    torchrun --standalone --nproc_per_node=8 train_arc.py --no-ffn
 
 The recipe: one demonstration pair is one sequence; a learned embedding per task says which rule applies.
 Training sees the demonstrations of every task, the evaluation tasks' too, and never a test output of the
-evaluation split: `solve` alone reads these, after the answers. The training split's test pairs are held out.
+evaluation split: `solve` alone reads these, after the last answer. The training split's test pairs are held
+out, for tuning.
 
+Read from the top: tasks -> batches -> answers -> flags -> files -> training -> comparison -> main.
 Symbols   B batch, T tokens.
 """
 
 import argparse
+import hashlib
 import itertools
 import json
 import math
 import os
-import pickle
-import shutil
 import signal
 import subprocess
 import sys
-import sysconfig
 import time
 from collections import namedtuple
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.nn     # imported before a process group exists: its defaults would keep that alive
-import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from model import (END, IGNORE, MAX_OUTPUT, MAX_SIDE, N_VOCAB, Config, Transformer, decode_grid, encode_grid,
-                   encode_prompt, evaluate, pair_tokens, pi_score, task_loss, unpadded)
-from spl import routing_loss
-
-SPLITS, ATTEMPTS = ("training", "evaluation", "test"), ("attempt_1", "attempt_2")
-MONITORS = ("loss", "tokens", "grids", "active", "failed")              # of `evaluate`, for the log
+from model import (INVERSE, MAX_OUTPUT, MAX_SIDE, N_VIEW, N_VOCAB, Config, Transformer, collate, decode_grid,
+                   encode_grid, encode_views, evaluate, pair_tokens, pi_score, sample_losses, task_loss,
+                   train_routing, view_grid)
+from spl import can_compile
 
 
-class DataError(ValueError):
-    """Bad input; its text names the file, the task and the fault."""
+class InputError(ValueError):
+    """Bad input. Its text is one line that names the file, the task and the fault."""
 
 
-def require(ok, fault):
-    if not ok:
-        raise DataError(fault)
-
-
-@contextmanager
-def blame(where):
-    """An error inside becomes a DataError of one line that begins with `where`; nested, the places add up."""
-    try:
-        yield
-    except (ValueError, TypeError, LookupError, RuntimeError, OSError, EOFError, pickle.UnpicklingError) as e:
-        short = {KeyError: f"no {e}", pickle.UnpicklingError: "of another format"}
-        raise DataError(f"{where}: {short.get(type(e)) or ' '.join(str(e).split())[:300]}") from None
-
-
-def expect(value, kind, length=None):
-    """`value`, if it is a list or dict, not empty, and of `length` entries where that is given."""
-    found = f"{len(value)} entries" if isinstance(value, kind) else type(value).__name__
-    require(isinstance(value, kind) and value and len(value) == (length or len(value)),
-            f"{found}; expected a {kind.__name__} of {length or 'at least one'}")
-    return value
-
-
-# ------------------------------------------------------------------------------------------ views
-N_DIHEDRAL, INVERSE = 8, (0, 3, 2, 1, 4, 5, 6, 7)   # the view that undoes each: a mirror undoes itself
-
-
-def view_grid(grid, view):
-    """One of the 8 dihedral views: transposed from 4 on, then turned by view % 4 quarters."""
-    return np.rot90(grid.T if view >= 4 else grid, view % 4)
-
-
-def colour_permutations(free, rng):
-    """free (N, 10) bool: the colours that may change -> (N, 14) token tables; the rest map to themselves.
-    Row n shuffles its free colours among themselves: sorted by random keys they fill their own slots."""
-    table = np.tile(np.arange(N_VOCAB, dtype=np.uint8), (len(free), 1))
-    slots = np.argsort(~free, axis=1, kind="stable")
-    shuffled = np.argsort(np.where(free, rng.random(free.shape), 2.0), axis=1, kind="stable")
-    np.put_along_axis(table, slots, shuffled.astype(np.uint8), axis=1)
-    return table
+def refuse(fault):
+    raise InputError(fault)
 
 
 # ------------------------------------------------------------------------------------------ tasks
-Task = namedtuple("Task", "train test")     # demonstrations [(input, output)]; inputs, never their outputs
-
-
-def read_object(path):
-    """The JSON object in `path`."""
-    text = path.read_bytes()
-    with blame(f"{path}: not JSON"):
-        value = json.loads(text)
-    with blame(path):
-        return expect(value, dict)
+SPLITS = "training", "evaluation", "test"
+Task = namedtuple("Task", "train test")     # demonstrations [(input, output)]; tests [(input, output or None)]
 
 
 def read_grid(value):
     """A JSON value -> (h, w) uint8 grid."""
-    widths = {len(expect(row, list)) for row in expect(value, list)}
-    require(len(widths) == 1 and max(*widths, len(value)) <= MAX_SIDE,
-            f"{len(value)} rows of widths {sorted(widths)}; expected up to 30 rows of one width, up to 30")
-    wrong = [cell for row in value for cell in row if type(cell) is not int or not 0 <= cell <= 9]
-    require(not wrong, f"a cell is {json.dumps(wrong[:1])[1:-1][:20]}; expected an integer from 0 to 9")
-    return np.array(value, dtype=np.uint8)
+    rows = value if isinstance(value, list) else []
+    widths = {len(row) if isinstance(row, list) else 0 for row in rows}
+    if len(widths) != 1 or 0 in widths or max(*widths, len(rows)) > MAX_SIDE:
+        raise ValueError(f"{str(value)[:40]} is no grid; expected 1 to {MAX_SIDE} rows of one width, as long")
+    for cell in itertools.chain(*rows):
+        if type(cell) is not int or not 0 <= cell <= 9:
+            raise ValueError(f"a cell is {json.dumps(cell)[:20]}; expected an integer from 0 to 9")
+    return np.array(rows, dtype=np.uint8)
 
 
-def read_grids(values, part, key=None, length=None):
-    """A list of `length` grids, or of objects with a grid under `key`; errors name `part` and the place."""
-    grids = []
-    with blame(part):
-        for i, value in enumerate(expect(values, list, length)):
-            with blame(f"{i} {key}" if key else i):
-                grids.append(read_grid(expect(value, dict)[key] if key else value))
-    return grids
+def read_json(file):
+    """The JSON object in `file`."""
+    try:
+        value = json.loads(Path(file).read_bytes())
+    except (ValueError, RecursionError) as fault:
+        raise InputError(f"{file}: not JSON: {fault}") from None
+    return value if isinstance(value, dict) else refuse(f"{file}: a {type(value).__name__}, not an object")
 
 
-def read_split(folder, split):
-    """{id: (file, raw task)} of one split: Kaggle's one file, or GitHub's folder with a file for each task.
-    A folder of task files without splits, such as ConceptARC, is an evaluation split as a whole."""
+def read_raw(folder, split):
+    """{id: (file, task as JSON)} of one split: Kaggle's one file, or GitHub's folder with a file for each
+    task. A folder of task files without splits, such as ConceptARC, is an evaluation split as a whole."""
     folder, tasks = Path(folder), {}
     kaggle = folder / f"arc-agi_{split}_challenges.json"
     if kaggle.exists():
-        return {name: (kaggle, raw) for name, raw in read_object(kaggle).items()}
-    parted = any(folder.glob("arc-agi_*.json")) or any((folder / name).is_dir() for name in SPLITS)
-    whole = split == "evaluation" and not parted
-    for file in sorted((folder if whole else folder / split).rglob("*.json")):
-        above = file.parent
-        require(not whole or above.name not in SPLITS, f"{folder}: tasks are in {above.parent}; name that")
-        first, _ = tasks.setdefault(file.stem, (file, read_object(file)))
-        require(first is file, f"{file}: task {file.stem} is in {first}, too")
+        return {name: (kaggle, raw) for name, raw in read_json(kaggle).items()}
+    has_splits = any(folder.glob("arc-agi_*")) or any((folder / name).is_dir() for name in SPLITS)
+    if not has_splits and split != "evaluation":
+        return {}
+    for path, folders, files in os.walk(folder / split if has_splits else folder, followlinks=True):
+        if not has_splits and Path(path).name in SPLITS:
+            refuse(f"{folder}: its tasks are in {Path(path).parent}; name that")
+        folders[:] = [name for name in folders if name[0] != "." and name != "__MACOSX"]
+        for file in sorted(Path(path, name) for name in files if name[0] != "."):
+            if file.suffix.lower() == ".json":
+                first, _ = tasks.setdefault(file.stem, (file, read_json(file)))
+                if first is not file:
+                    refuse(f"{file}: task {file.stem} is in {first}, too")
     return tasks
 
 
-def read_tasks(folder, split):
-    """{id: Task} of one split. Test outputs, where a file has them, are left unread."""
-    tasks = {}
-    for name, (file, raw) in read_split(folder, split).items():
-        with blame(f"{file}: task {name}"):
-            demos = expect(raw, dict)["train"]
-            pairs = zip(read_grids(demos, "train", "input"), read_grids(demos, "train", "output"))
-            tasks[name] = Task(list(pairs), read_grids(raw["test"], "test", "input"))
+def read_tasks(folder, split, solved=False, faults=None):
+    """{id: Task} of one split. Test outputs are read only if `solved`; one that is missing, null or [] is
+    None. A task at fault raises InputError, or is named in the list `faults` and left out."""
+    tasks, solutions = {}, Path(folder, f"arc-agi_{split}_solutions.json")
+    outputs = read_json(solutions) if solved and solutions.exists() else {}
+    for name, (file, raw) in read_raw(folder, split).items():
+        try:
+            train = [(read_grid(pair["input"]), read_grid(pair["output"])) for pair in raw["train"]]
+            test = [(read_grid(pair["input"]), pair.get("output")) for pair in raw["test"]]
+            if not train or not test:
+                raise ValueError(f"{len(train)} train pairs and {len(test)} tests; expected one or more")
+            if name in outputs:
+                file = solutions
+                if len(outputs[name]) != len(test):
+                    raise ValueError(f"{len(outputs[name])} outputs; expected {len(test)}")
+                test = [(x, y) for (x, _), y in zip(test, outputs[name])]
+            known = [solved and y not in (None, []) for _, y in test]
+            tasks[name] = Task(train, [(x, read_grid(y) if k else None) for k, (x, y) in zip(known, test)])
+        except (AttributeError, KeyError, TypeError, ValueError) as fault:
+            reason = f"no {fault}" if isinstance(fault, KeyError) else fault
+            if faults is None:
+                raise InputError(f"{file}: task {name}: {reason}") from None
+            faults.append(f"{file}: task {name}: {reason}")
     return tasks
 
 
-def read_solutions(folder, split, tasks):
-    """{id: [test output, ...]} of a split's `tasks`, from its file or inline; empty if it has none."""
-    file, solutions = Path(folder) / f"arc-agi_{split}_solutions.json", {}
-    inline = {} if file.exists() else read_split(folder, split)
-    found = read_object(file) if file.exists() else {
-        name: [pair["output"] for pair in raw["test"] if "output" in pair]
-        for name, (_, raw) in inline.items()}
-    if not any(found.values()):
-        return solutions
-    for name, task in tasks.items():
-        with blame(f"{inline[name][0] if inline else file}: task {name}"):
-            solutions[name] = read_grids(found.get(name), "solutions", length=len(task.test))
-    return solutions
+def key(grid):
+    """Equal for equal grids, to look them up in a set."""
+    return grid.shape, grid.tobytes()
 
 
-def read_submission(file, tasks):
-    """{id: [{"attempt_1": grid, "attempt_2": grid}, ...]} for `tasks`, one entry for each test input."""
-    found = read_object(file)
-    for name, task in tasks.items():
-        with blame(f"{file}: task {name}"):
-            for key in ATTEMPTS:
-                read_grids(found[name], "attempts", key, len(task.test))
-    return found
+def without_leaks(others, asked):
+    """Those of the tasks `others` that share no id, no test input and no set of demonstrations with the
+    `asked` ones: ARC-1 and ARC-2 overlap, and some tasks are in both under different ids."""
+    def demonstrations(task):
+        return frozenset((key(x), key(y)) for x, y in task.train)
 
-
-def without_leaks(extra, asked, known=()):
-    """The `extra` tasks that share no id, set of demonstrations or test input with the `asked` ones, and no
-    id with the `known`. No output that is asked for is needed to tell."""
-    def clues(task, inputs):
-        demos = frozenset(str([x.tolist(), y.tolist()]) for x, y in task.train)
-        return {demos, *(str(x.tolist()) for x in inputs)}
-
-    taken = set().union(*(clues(task, task.test) for task in asked.values()))
-    return {name: task for name, task in extra.items() if name not in asked and name not in known
-            and taken.isdisjoint(clues(task, [x for x, _ in task.train] + task.test))}
+    asked_demonstrations = {demonstrations(task) for task in asked.values()}
+    asked_inputs = {key(x) for task in asked.values() for x, _ in task.test}
+    kept = {}
+    for name, task in others.items():
+        inputs = {key(x) for x, _ in task.train + task.test}
+        if name not in asked and not inputs & asked_inputs:
+            if demonstrations(task) not in asked_demonstrations:
+                kept[name] = task
+    return kept
 
 
 # ------------------------------------------------------------------------------------------ batches
-Pair = namedtuple("Pair", "task free views")        # task index; colours to permute; tokens in each view
-Sample = namedtuple("Sample", "task view colours prompt answer")    # one view of a pair, under a colour table
-UNKNOWN = np.empty((0, 0), np.uint8)                # the output of a question: its tokens are <end> alone
+Pair = namedtuple("Pair", "free views")     # colours to permute; the Sample of each view
 
 
-def collate(samples, device):
-    """Samples -> tokens (B, T), task (B,), view (B,), targets (B, T), made on `device`.
-    The target at t is token t + 1 where that is an output token, IGNORE elsewhere."""
-    flat = np.concatenate([part for s in samples for part in (s.prompt, s.answer)])
-    meta = np.array([(s.task, s.view, len(s.prompt), len(s.prompt) + len(s.answer)) for s in samples]).T
-    width = meta[3].max()                               # T + 1
-    if device.type == "cuda":                           # T a multiple of 8: others would be compiled apart
-        width += (1 - width) % 8
-    t = torch.arange(width, device=device)
-    parts = map(torch.from_numpy, (flat, meta, np.array([s.colours for s in samples])))
-    if device.type == "cuda":                           # pinned, the copy does not wait for the GPU
-        parts = (part.pin_memory().to(device, non_blocking=True) for part in parts)
-    flat, (task, view, prompt, length), colours = parts
-    start = length.cumsum(0) - length
-    outside = t >= length[:, None]
-    tokens = flat[(start[:, None] + t).masked_fill(outside, 0)].long()                    # (B, T + 1)
-    tokens = colours.long().gather(1, tokens).masked_fill(outside, END)
-    targets = tokens.masked_fill(outside | (t < prompt[:, None]), IGNORE)
-    return tokens[:, :-1], task, view, targets[:, 1:]
+def free_colours(task, c):
+    """The colours to permute: 1 to 9 but for those that only outputs show ('mark with red' must stay red)."""
+    inputs = {colour for x, _ in task.train + task.test for colour in x.flat}
+    outputs = {colour for _, y in task.train for colour in y.flat}
+    fixed = {0} | outputs - inputs if c.permute_colours else set(range(10))
+    return [colour for colour in range(10) if colour not in fixed]
 
 
-def cut(lengths, budget):
-    """Where to split ascending `lengths` so that each part, padded to its longest, stays within `budget`."""
-    cuts, first = [], 0
-    for i, length in enumerate(lengths):
-        if (i + 1 - first) * length > budget and i > first:
-            cuts.append(i)
-            first = i
-    return cuts
+def colour_table(free, rng):
+    """(N_VOCAB,) table of tokens that permutes the `free` colours; np.argsort of it is its inverse."""
+    table = np.arange(N_VOCAB, dtype=np.uint8)
+    table[free] = rng.permutation(free)
+    return table
 
 
-def plan_epoch(pairs, batch_tokens, rng, least=2):
-    """One epoch as lists of samples: each pair once, in a fresh view, similar lengths together. A last list
-    below `least` joins the one before: a lone sample would compile anew, and every process needs one."""
-    view = rng.integers(len(pairs[0].views), size=len(pairs))
-    length = np.array([sum(map(len, pair.views[v])) for pair, v in zip(pairs, view)])
-    order = np.lexsort((rng.random(len(pairs)), length))
-    colours = colour_permutations(np.array([pair.free for pair in pairs]), rng)
-    samples = [Sample(pair.task, v, table, *pair.views[v]) for pair, v, table in zip(pairs, view, colours)]
-    cuts = cut(length[order] - 1, batch_tokens)
-    if cuts and len(pairs) - cuts[-1] < least:
-        cuts.pop()
-    parts = np.split(order, cuts)
-    return [[samples[i] for i in parts[n]] for n in rng.permutation(len(parts))]
+def split_by_budget(lengths, budget):
+    """Lists of indices of similar lengths, ascending; each is within `budget` tokens when padded to its
+    longest, or a single one."""
+    parts = []
+    for i in np.argsort(lengths, kind="stable"):
+        if parts and (len(parts[-1]) + 1) * lengths[i] <= budget:
+            parts[-1].append(i)
+        else:
+            parts.append([i])
+    return parts
 
 
 def batches(pairs, c, world=1):
-    """Endless (epoch, samples); number n is the same for every arm and every resumption."""
+    """Endless (epoch, samples): in an epoch each pair once, in a fresh view and colouring, similar lengths
+    together. Batch number n depends on the seed alone: every arm sees the same, and so does a resumed run."""
     for epoch in itertools.count():
-        for batch in plan_epoch(pairs, c.batch_tokens, np.random.default_rng((c.seed, epoch)), max(2, world)):
-            yield epoch, batch
+        rng, samples = np.random.default_rng((c.seed, epoch)), []
+        for i in rng.permutation(len(pairs)):               # the sort is stable: equal lengths stay shuffled
+            sample = pairs[i].views[rng.integers(N_VIEW)]
+            table = colour_table(pairs[i].free, rng)
+            samples.append(sample._replace(tokens=table[sample.tokens]))
+        parts = split_by_budget([len(sample.tokens) for sample in samples], c.batch_tokens)
+        if len(parts) > 1 and len(parts[-1]) < max(2, world):       # every process needs a sample, and a
+            parts[-2:] = [parts[-2] + parts[-1]]                    # lone one would be compiled apart
+        for n in rng.permutation(len(parts)):
+            yield epoch, [samples[i] for i in parts[n]]
 
 
-def in_views(x, y):
-    """A pair's (prompt, answer) tokens in each view."""
-    pairs = ((view_grid(x, v), view_grid(y, v)) for v in range(N_DIHEDRAL))
-    return [(np.array(encode_prompt(x), np.uint8), np.array(encode_grid(y, END), np.uint8)) for x, y in pairs]
+def load_data(c):
+    """(ids of the tasks, pairs to train on, held-out samples). No output that is asked for is read."""
+    asked = read_tasks(c.data, c.split)
+    if not asked:
+        refuse(f"--data {c.data}: no arc-agi_{c.split}_challenges.json and no task in a folder {c.split}")
+    for file in sorted(Path(c.data).glob("arc-agi_*")):
+        if not any(file.match(f"arc-agi_{split}_*.json") for split in ("training", c.split)):
+            print(f"{file} is not used")
+    tasks = read_tasks(c.data, "training", solved=True)
+    own = without_leaks(tasks, asked)           # the others' tests are left alone
+    tasks |= asked                              # an asked task leaves the training split
+    for folder in c.extra:
+        found = {name: task for split in SPLITS for name, task in read_tasks(folder, split).items()}
+        if not found:
+            refuse(f"--extra {folder}: no tasks there; expected a folder as --data takes it")
+        new = {name: task for name, task in without_leaks(found, asked).items() if name not in tasks}
+        print(f"{folder}: {len(new)} of {len(found)} tasks are new, the others are dropped")
+        tasks |= new
 
-
-def free_colours(task, permute=True):
-    """(10,) bool: colours 1..9 but for those that only outputs show, since 'mark with red' must stay red."""
-    shown = {c for x in [x for x, _ in task.train] + task.test for c in x.flat}
-    added = {c for _, y in task.train for c in y.flat} - shown
-    return np.array([permute and c > 0 and c not in added for c in range(10)])
-
-
-def load_data(c, device):
-    """(names of the tasks to train on, their pairs, held-out batches); reads no output that is asked for."""
-    require(Path(c.data).is_dir(), f"--data {c.data}: no such folder")
-    training, asked = read_tasks(c.data, "training"), read_tasks(c.data, c.split)
-    extra = {name: task for s in SPLITS for name, task in read_tasks(c.extra, s).items()} if c.extra else {}
-    solutions, both = read_solutions(c.data, "training", training), training.keys() & asked.keys()
-    require(asked, f"{c.data}: no {c.split} tasks: no arc-agi_{c.split}_challenges.json, no {c.split}/*.json")
-    require(not both, f"{c.data}: task {min(both, default='')} is in both splits")
-    require(solutions or not training, f"{c.data}: the training split has no solutions, in a file or inline")
-    require(extra or not c.extra, f"{c.extra}: no tasks; expected a folder as --data takes it")
-    new = without_leaks(extra, asked, training)
-    own = without_leaks(training, asked)                # a task of ARC-1 is in both: its test stays unseen
-    if extra:
-        print(f"{c.extra}: {len(new)} of {len(extra)} tasks are new, {len(extra) - len(new)} dropped")
-
-    def short(pairs):
-        return [(x, y) for x, y in pairs if pair_tokens(x, y) <= c.max_tokens]
-    tasks = training | asked | new
-    demos = {name: pairs for name, task in tasks.items() if (pairs := short(task.train))}
-    require(demos, f"{c.data}: no pair of at most {c.max_tokens} tokens; raise --max-tokens")
-    tests = {name: short(zip(task.test, solutions[name])) for name, task in own.items()}
-    names, free = list(demos), [free_colours(tasks[name], c.permute_colours) for name in demos]
-    pairs, held = ([Pair(n, free[n], in_views(*pair)) for n, name in enumerate(names)
-                    for pair in part.get(name, [])] for part in (demos, tests))
-    pairs += [pair for pair in pairs if names[pair.task] in asked] * (c.repeat - 1)
-    if not c.heldout or not held:
-        return names, pairs + held, []
-    held = [Pair(task, np.zeros(10, bool), views[:1]) for task, _, views in held]  # in true colours, unturned
-    plan = plan_epoch(held, c.batch_tokens, np.random.default_rng(0))
-    return names, pairs, [collate(samples, device) for samples in plan]
+    names, pairs, heldout = [], [], []
+    asked_inputs = {key(x) for task in asked.values() for x, _ in task.test}
+    for name, task in tasks.items():
+        free, is_asked = free_colours(task, c), name in asked
+        shown = [Pair(free, encode_views(len(names), x, y)) for x, y in task.train
+                 if pair_tokens(x, y) <= c.max_tokens and (is_asked or key(x) not in asked_inputs)]
+        if shown:
+            pairs += shown * (c.repeat if is_asked else 1)
+            heldout += [Pair(free, encode_views(len(names), x, y)) for x, y in task.test
+                        if name in own and y is not None and pair_tokens(x, y) <= c.max_tokens]
+            names.append(name)
+    if not pairs:
+        refuse(f"--data {c.data}: no pair of at most {c.max_tokens} tokens; raise --max-tokens")
+    if not c.heldout:
+        return names, pairs + heldout, []
+    return names, pairs, [pair.views[0] for pair in heldout]        # unturned and in true colours
 
 
 # ------------------------------------------------------------------------------------------ answers
-def gather(value, world):
-    """[`value` of each process], the same list in all of them."""
-    values = [value] * world
-    if world > 1:
-        dist.all_gather_object(values, value)
-    return values
+RANK_TOKENS = 2**16                         # of a ranking batch
 
 
-def share_out(work, jobs, lengths, budget, what, rank, world):
-    """[work's result for each of `jobs`]; work takes lists of similar `lengths`, the longest list first, each
-    within `budget` tokens unless it is one job. The processes share the jobs, and each gets every result."""
-    order, found = np.argsort(lengths, kind="stable")[rank::world], {}
-    bar = tqdm(total=len(order), desc=what, unit="grid", dynamic_ncols=True, disable=rank > 0)
-    with bar, torch.inference_mode(), torch.compiler.set_stance("force_eager"):
-        for part in filter(len, reversed(np.split(order, cut(np.array(lengths)[order], budget)))):
-            found |= zip(part, work([jobs[j] for j in part]))
-            bar.update(len(part))
-    found = {j: result for share in gather(found, world) for j, result in share.items()}
-    return [found[j] for j in range(len(jobs))]
+def decode_tokens(model):
+    """Tokens of a decoding batch: on CUDA their keys and values fill a third of the memory that is free."""
+    if not model.head.weight.is_cuda:
+        return 2**15
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info()[0] // 3 // (model.config.n_layer * model.config.d_model * 2 * 4)
 
 
-def propose(model, questions, c, rank=0, world=1):
-    """{key: Pair of an input and UNKNOWN} -> [(key, valid output as a tuple of rows)], no two alike: greedy
-    answers in 8 views x c.colour_votes colour tables, turned and coloured back; the first table changes
-    nothing. Format and flags bound an output's length, never the answer."""
-    def decode(jobs):
-        tokens, task, view, _ = collate(jobs, device)
-        lengths = [len(job.prompt) for job in jobs]
-        most = min(MAX_OUTPUT, c.max_tokens - min(lengths))
-        outputs = model.generate(tokens, torch.tensor(lengths, device=device), task, view, most)
-        for job, output in zip(jobs, outputs.cpu().numpy()):    # cut: a row depends on none beside it
-            rows = decode_grid(np.argsort(job.colours)[output[:c.max_tokens - len(job.prompt)]])
-            yield rows and tuple(map(tuple, view_grid(np.array(rows), INVERSE[job.view]).tolist()))
-
-    rng, jobs, device = np.random.default_rng(c.seed), [], model.head.weight.device
-    votes = c.colour_votes if c.permute_colours else 1      # else each would be the same
-    for task, free, views in questions.values():
-        tables = colour_permutations(np.repeat(free[None], votes, 0), rng)
-        tables[0] = np.arange(N_VOCAB)
-        jobs += [Sample(task, v, table, *views[v]) for table in tables for v in range(N_DIHEDRAL)]
-    lengths = [len(job.prompt) + min(MAX_OUTPUT, c.max_tokens) for job in jobs]                 # upper bounds
-    grids = share_out(decode, jobs, lengths, c.decode_tokens, "decode", rank, world)
-    keys = [key for key in questions for _ in range(N_DIHEDRAL * votes)]
-    return list(dict.fromkeys((key, grid) for key, grid in zip(keys, grids) if grid))
-
-
-def likeliest(model, questions, proposed, c, rank=0, world=1):
-    """[(key, output)] -> {key: [output]}, the likeliest first: by log-probability, the mean over 8 views."""
-    def loss(jobs):
-        *inputs, targets = collate(jobs, model.head.weight.device)
-        logits = model(*inputs).float().transpose(1, 2)                                   # (B, n_vocab, T)
-        return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none").sum(1).tolist()
-
-    jobs, answers, colours = [], {key: [] for key in questions}, np.arange(N_VOCAB, dtype=np.uint8)
-    for key, grid in proposed:
-        for v, (prompt, _) in enumerate(questions[key].views):
-            output = np.array(encode_grid(view_grid(np.array(grid), v), END), np.uint8)
-            jobs.append(Sample(questions[key].task, v, colours, prompt, output))
-    lengths = [len(job.prompt) + len(job.answer) for job in jobs]
-    losses = share_out(loss, jobs, lengths, c.batch_tokens // world, "rank", rank, world)
-    for n in np.argsort(np.reshape(losses, (-1, N_DIHEDRAL)).mean(1), kind="stable"):
-        key, grid = proposed[n]
-        answers[key].append(list(map(list, grid)))
-    return answers
+def propose(model, questions, c, rank):
+    """{question: Pair of prompts} -> {question: [output, ...]}: greedy, in 8 views times c.colour_votes
+    colour tables, turned and coloured back, no two alike. The first table changes nothing."""
+    rng, device, jobs = np.random.default_rng(c.seed), model.head.weight.device, []
+    for question, pair in questions.items():
+        for vote in range(c.colour_votes if pair.free else 1):
+            table = colour_table(pair.free if vote else [], rng)
+            jobs += [(question, table, prompt._replace(tokens=table[prompt.tokens])) for prompt in pair.views]
+    lengths = [prompt.n_prompt + min(MAX_OUTPUT, c.max_tokens) for _, _, prompt in jobs]    # at most
+    parts = split_by_budget(lengths, decode_tokens(model))
+    proposed = {question: [] for question in questions}
+    bar = tqdm(total=len(jobs), desc="decode", unit="grid", ascii=True, dynamic_ncols=True, disable=rank > 0)
+    while parts:
+        part = parts.pop()                                          # the longest first
+        tokens, task, view, _ = collate([jobs[i][2] for i in part], device)
+        lengths = torch.tensor([jobs[i][2].n_prompt for i in part], device=device)
+        longest = min(MAX_OUTPUT, c.max_tokens - lengths.min().item())
+        try:
+            outputs = model.generate(tokens, lengths, task, view, longest).cpu().numpy()
+        except torch.OutOfMemoryError:
+            if len(part) == 1:
+                raise
+            parts += [part[:len(part) // 2], part[len(part) // 2:]]
+            continue
+        for i, output in zip(part, outputs):
+            question, table, prompt = jobs[i]
+            # Cut to its own bound, an output does not depend on the prompts beside it.
+            rows = decode_grid(np.argsort(table)[output[:c.max_tokens - prompt.n_prompt]])
+            grid = rows and view_grid(np.array(rows), INVERSE[prompt.view]).tolist()
+            if grid and grid not in proposed[question]:
+                proposed[question].append(grid)
+        bar.update(len(part))
+    bar.close()
+    return proposed
 
 
-def score(submission, solutions):
-    """((pass@1, pass@2), tasks solved whole): the ARC Prize's mean over a task's outputs, then over tasks."""
-    marks = np.zeros((len(solutions), 2))
-    for mark, (name, outputs) in zip(marks, solutions.items()):
-        for output, given in zip(outputs, submission.get(name, [])):
-            hits = [given[key] == output.tolist() for key in ATTEMPTS]
-            mark += np.array([hits[0], any(hits)]) / len(outputs)
-    return marks.mean(0), int((marks[:, 1] > 1 - 1e-9).sum())
+def rank_outputs(model, questions, proposed, rank):
+    """`proposed`, each question's likeliest output first: by log-probability, the mean over the 8 views."""
+    ranked = {}
+    for question, grids in tqdm(proposed.items(), "rank", ascii=True, dynamic_ncols=True, disable=rank > 0):
+        samples = []
+        for grid, prompt in itertools.product(grids, questions[question].views):
+            answer = encode_grid(view_grid(np.array(grid), prompt.view))
+            samples.append(prompt._replace(tokens=np.append(prompt.tokens, answer)))
+        loss = np.zeros(len(samples))
+        for part in split_by_budget([len(sample.tokens) for sample in samples], RANK_TOKENS):
+            batch = collate([samples[i] for i in part], model.head.weight.device)
+            loss[part] = sample_losses(model, *batch).cpu()
+        order = np.argsort(loss.reshape(-1, N_VIEW).mean(1), kind="stable")
+        ranked[question] = [grids[i] for i in order]
+    return ranked
 
 
-def draw(titled, colour, width):
-    """[(title, grid)] as text, side by side if `width` allows: digits, on cells in colour if `colour`."""
-    palette = 16, 27, 160, 34, 220, 245, 201, 208, 117, 88      # the colours of ARC among a terminal's 256
+def write_submission(file, tasks, answers):
+    """The two likeliest outputs of each test input, in Kaggle's form; [[0]] takes the place of none."""
+    submission = {}
+    for name, task in tasks.items():
+        attempts = [(answers.get((name, i), []) + [[[0]], [[0]]])[:2] for i in range(len(task.test))]
+        submission[name] = [{"attempt_1": first, "attempt_2": second} for first, second in attempts]
+    save(file, submission)
 
-    def cell(v):                        # paper and ink are both set: it reads on dark and on light terminals
-        ink = 15 if v in (0, 1, 2, 9) else 16
-        return f"\033[48;5;{palette[v]};38;5;{ink}m{v} \033[0m" if colour else f"{v} "
-    sizes = [max(len(title), 2 * len(grid[0])) + 2 for title, grid in titled]
-    if sum(sizes) > width and len(titled) > 1:
-        return "\n".join(draw([one], colour, width) for one in titled)
-    lines = ["".join(title.ljust(size) for (title, _), size in zip(titled, sizes))]
-    for rows in itertools.zip_longest(*(grid for _, grid in titled), fillvalue=()):
-        lines.append("".join("".join(map(cell, row)) + " " * (size - 2 * len(row))
-                             for row, size in zip(rows, sizes)))
-    return "\n".join(line.rstrip() for line in lines) + "\n"
+
+def score(answers, tasks):
+    """{pass@1, pass@2, solved, tasks}: the ARC Prize's mean over a task's outputs, then over tasks. Answers
+    count, fillers do not, and no answer is wrong. An output that is absent, None, is not asked for."""
+    first, either = [], []
+    for name, task in tasks.items():
+        known = [(y.tolist(), answers.get((name, i), [])) for i, (_, y) in enumerate(task.test) if y is not None]
+        if known:
+            first.append(np.mean([y in attempts[:1] for y, attempts in known]))
+            either.append(np.mean([y in attempts[:2] for y, attempts in known]))
+    if not first:
+        return {}
+    return {"pass@1": float(np.mean(first)), "pass@2": float(np.mean(either)), "solved": either.count(1),
+            "tasks": len(either)}
+
+
+def draw(title, grid):
+    print(title, *(" ".join(map(str, row)) for row in np.asarray(grid).tolist()), sep="\n")
 
 
 def solve(c, model, names, rank=0, world=1):
-    """Answers the test inputs of c.split, writes submission.json, and scores it where there are solutions."""
+    """Answers the test inputs of c.split, writes submission.json, scores it -> what result.json says of it."""
     model.eval()
-    tasks, index = read_tasks(c.data, c.split), {name: n for n, name in enumerate(names)}
-    questions = {(name, i): Pair(index[name], free_colours(task, c.permute_colours), in_views(x, UNKNOWN))
-                 for name, task in tasks.items() if name in index
-                 for i, x in enumerate(task.test) if pair_tokens(x, x[:1, :1]) <= c.max_tokens}
-    answers = likeliest(model, questions, propose(model, questions, c, rank, world), c, rank, world)
+    tasks, questions = read_tasks(c.data, c.split), {}
+    for n, name in enumerate(names):
+        for i, (x, _) in enumerate(tasks[name].test if name in tasks else []):
+            if pair_tokens(x, x[:1, :1]) <= c.max_tokens:           # the shortest output has one cell
+                questions[name, i] = Pair(free_colours(tasks[name], c), encode_views(n, x))
+    mine = dict(list(questions.items())[rank::world])
+    with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
+        answers = rank_outputs(model, mine, propose(model, mine, c, rank), rank)
+    if world > 1:
+        parts = [None] * world
+        dist.all_gather_object(parts, answers)
+        answers = {question: grids for part in parts for question, grids in part.items()}
     if rank > 0:
         return {}
-    file = Path(c.out) / "submission.json"
-    submission = {name: [dict(zip(ATTEMPTS, answers.get((name, i), [])[:2] + [[[0]], [[0]]]))
-                         for i in range(len(task.test))] for name, task in tasks.items()}
-    save(file, submission)
-    submission = read_submission(file, tasks)
-    solutions = read_solutions(c.data, c.split, tasks)          # read here alone, after the last answer
+    file, faults = Path(c.out, "submission.json"), []
+    write_submission(file, tasks, answers)
+
+    tasks |= read_tasks(c.data, c.split, solved=True, faults=faults)        # here alone, after the last answer
+    for fault in faults:
+        print(f"cannot be scored: {fault}")
     for name, i in list(questions)[:c.show]:
-        target = solutions and solutions[name][i].tolist()
-        titled = [("input", tasks[name].test[i])] + [("target", target)] * bool(target)
-        for key, grid in submission[name][i].items():
-            verdict = (" right" if grid == target else " wrong") if target else ""
-            verdict = verdict if grid in answers[name, i] else " missing"
-            titled.append((key.replace("_", " ") + verdict, grid))
-        colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-        print(f"{name} test {i}\n{draw(titled, colour, shutil.get_terminal_size().columns)}")
-    asked = sum(len(task.test) for task in tasks.values())
-    tried = f"{len(questions)} of {asked} test inputs were short enough and of a trained task; see {file}"
-    if not solutions:
-        print(f"{c.split}: no solutions in {c.data}, so the submission cannot be scored here; {tried}")
-        return {}
-    (pass1, pass2), solved = score(submission, solutions)
-    print(f"{c.split}: pass@1 {pass1:.2%}, pass@2 {pass2:.2%} (mean over a task's test outputs, then over "
-          f"the {len(tasks)} tasks), {solved} tasks solved whole; {tried}")
-    return {"pass@1": pass1, "pass@2": pass2, "solved": solved, "tasks": len(tasks), "tried": len(questions)}
+        x, y = tasks[name].test[i]
+        draw(f"{name} test {i}: input", x)
+        for n, grid in enumerate(answers[name, i][:2], 1):
+            draw(f"attempt {n}" + ("" if y is None else ": right" if grid == y.tolist() else ": wrong"), grid)
+        if y is not None:
+            draw("output", y)
+    result, asked = score(answers, tasks), sum(len(task.test) for task in tasks.values())
+    print(f"{len(questions)} of {asked} test inputs were short enough and of a trained task; see {file}")
+    if result:
+        print("{}: pass@1 {pass@1:.2%}, pass@2 {pass@2:.2%} (mean over a task's test outputs, then over the "
+              "{tasks} tasks), {solved} tasks solved whole".format(c.split, **result))
+    else:
+        print(f"{c.split}: no solutions in {c.data}, so the submission cannot be scored here")
+    return result | {"tried": len(questions)}
 
 
 # ------------------------------------------------------------------------------------------ flags
+CPU = dict(d_model=128, n_head=2, n_layer=4, dropout=0.0, max_tokens=150, batch_tokens=768, lr=5e-3,
+           minutes=10.0, dtype="float32")
+CUDA = dict(d_model=768, n_head=12, n_layer=10, dropout=0.1, max_tokens=1863, batch_tokens=2**15, lr=4e-3,
+            minutes=20.0, dtype="bfloat16")
 DENSE_LR = 0.2          # the dense control's best learning rate over the SPL's: see results/README.md
-HEADERS = Path(sysconfig.get_path("include"), "Python.h")           # torch.compile on a CPU needs these, too
-COMPILER = sys.platform == "linux" and shutil.which("g++") is not None and HEADERS.exists()
+LEAST = dict(ffn_factor=0, d_model=2, n_head=1, n_layer=1, dropout=0, repeat=1, colour_votes=1, show=0,
+             seed=0, minutes=0.01, steps=0, max_tokens=5, batch_tokens=5, lr=1e-7)
+DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
 
 
-def flag(default, text, least=0, most=1e9):
-    return field(default=default, metadata={"help": text, "least": least, "most": most})
-
-
-@dataclass
-class Run:
-    """Every field is a flag. Of two defaults the first is for a CPU, the second for CUDA."""
-    ffn: bool = flag(True, "the MoIE feed-forward network in each block")
-    dense: bool = flag(False, "the dense control: nn.Linear attention and a 4x GELU FFN")
-    data: str = flag("data/arc-agi-1", "folder of the task set, in the Kaggle or the GitHub layout")
-    split: str = flag("evaluation", "split to answer: evaluation or test; its demonstrations are trained on")
-    extra: str = flag("", "folder of more tasks to train on; those of the split to answer are dropped")
-    out: str = flag("", "folder of this run; empty: runs/ARM-seedN-TIME")
-    show: int = flag(0, "test inputs to draw with their answers, at the end")
-    heldout: bool = flag(True, "hold out the training split's test pairs, for tuning, or train on them too")
-    score: bool = flag(True, "answer and score the split at the end")
-    device: str = flag("auto", "cpu, cuda, or auto: cuda where there is one")
-    sars: bool = flag(False, "train W_p and W_g by the routing loss of SARS in place of the task loss")
-    seed: int = flag(0, "seed of weights, order, views and colours")
-    seeds: int = flag(3, "seeds of each arm under --ab: 0, 1, ...", 1)
-    minutes: float = flag((10.0, 20.0), "training budget in minutes; scoring comes on top", 0.01)
-    steps: int = flag(0, "training budget in steps, in place of minutes")
-    d_model: int = flag((128, 768), "width D", 2)
-    n_head: int = flag((2, 12), "heads H", 1)
-    n_layer: int = flag((4, 10), "layers L", 1)
-    ffn_factor: int = flag(1, "hidden width of MoIE over D", 1)
-    dropout: float = flag((0.0, 0.1), "dropout on each branch", 0, 0.99)
-    max_tokens: int = flag((150, 1863), "longest pair to train on; longer test pairs count as wrong", 1)
-    batch_tokens: int = flag((768, 2**15), "tokens per batch over all processes, padding included", 1)
-    lr: float = flag((5e-3, 4e-3), f"peak learning rate; times {DENSE_LR} by default under --dense", 1e-7)
-    weight_decay: float = flag(0.1, "decay of the blocks' matrices")
-    warmup: float = flag(0.02, "share of the budget in which the learning rate rises", 0, 1)
-    decay: float = flag(0.5, "share of the budget in which it falls to 0", 0, 1)
-    clip: float = flag(1.0, "largest gradient norm", 1e-6)
-    repeat: int = flag(1, "times that an epoch shows each pair of the split to answer", 1)
-    permute_colours: bool = flag(True, "permute a task's input colours in training")
-    colour_votes: int = flag(4, "colour tables under which each of the 8 views answers", 1)
-    decode_tokens: int = flag((2**15, 2**20), "size of a decoding batch: rows times tokens with answer", 1)
-    dtype: str = flag(("float32", "bfloat16"), "float32, or bfloat16 by autocast")
-    compile: bool = flag((COMPILER, True), "torch.compile the blocks")
-    log_every: int = flag(50, "steps between lines of the log", 1)
-    save_minutes: float = flag(5.0, "minutes between checkpoints")
-
-    def __post_init__(self):
-        """Fills in what depends on the device, and refuses what cannot run."""
-        devices, world = ["cpu"] + ["cuda"] * torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", 1))
-        if self.device == "auto":
-            self.device = devices[-1]
-        if self.dense and isinstance(self.lr, tuple):
-            self.lr = tuple(DENSE_LR * lr for lr in self.lr)
-
-        def expected(name, ok, what):
-            require(ok, f"--{name.replace('_', '-')} {getattr(self, name)}: expected {what}")
-        for f in fields(self):
-            if isinstance(getattr(self, f.name), tuple):
-                setattr(self, f.name, getattr(self, f.name)[self.device == "cuda"])
-            value, least, most = getattr(self, f.name), f.metadata["least"], f.metadata["most"]
-            expected(f.name, f.type not in (int, float) or least <= value <= most, f"{least:g} to {most:g}")
-        expected("device", self.device in devices, " or ".join(devices))
-        expected("dtype", self.dtype in ("float32", "bfloat16"), "float32 or bfloat16")
-        expected("split", self.split in SPLITS[1:], "evaluation or test")
-        expected("d_model", self.d_model % (2 * self.n_head) == 0,
-                 f"a multiple of {2 * self.n_head}, twice --n-head")
-        expected("batch_tokens", self.batch_tokens >= world * self.max_tokens,
-                 f"at least --max-tokens {self.max_tokens} for each of {world} processes")
-        require(self.ffn or not self.dense, "--dense --no-ffn: the control has an FFN of its own; name one")
-        require(not self.sars or not self.dense and world == 1,
-                "--sars: needs SPLs and one process; leave out --dense and torchrun")
-        self.arm = "dense" if self.dense else "ffn" if self.ffn else "no-ffn"
-
-
-def parse(argv):
-    """(mode, Run, checkpoint or None); mode is train, resume, eval or ab."""
+def parse(argv, saved=None):
+    """Flags -> their values; `saved`, those of an earlier run, in place of the defaults."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
-                                     argument_default=argparse.SUPPRESS)
-    parser.error = lambda fault: require(False, fault)
-    modes = parser.add_mutually_exclusive_group()
-    modes.add_argument("--resume", metavar="DIR", help="go on with the stopped run in DIR, under its flags")
-    modes.add_argument("--eval", metavar="FILE", help="score this checkpoint; other flags override its own")
-    modes.add_argument("--ab", action="store_true", help="train every arm with every seed, print a table")
-    for f in fields(Run):
-        default = "{} on a CPU, {} on CUDA".format(*f.default) if isinstance(f.default, tuple) else f.default
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
-        text = f"{f.metadata['help']} (default: {default})"
-        parser.add_argument("--" + f.name.replace("_", "-"), help=text, **kind)
-    given = vars(parser.parse_args(argv))
-    mode = next((mode for mode in ("resume", "eval", "ab") if mode in given), "train")
-    path, state = given.pop(mode, ""), None
-    clash = given.keys() & {"ffn", "dense", "sars", "heldout", "seed"} if mode == "ab" else ()
-    require(not clash, f"--ab --{' --'.join(clash)}: it sets its arms and seeds; leave it out")
-    require(mode != "resume" or not given, "--resume takes no other flag: the run goes on under its own")
-    if mode in ("resume", "eval"):
-        file = Path(path, "checkpoint.pt" if mode == "resume" else "")
-        with blame(f"{file}: not a checkpoint of this program"):
-            found = torch.load(file, map_location="cpu", weights_only=True)
-            state = {key: found[key] for key in "config names step seconds log model optimizer".split()}
-            Run(**state["config"] | {"device": "cpu"})                  # refuses what is no configuration
-    out = {"resume": path, "ab": "runs/ab"}.get(mode, "")
-    own = {"out": out} | ({"device": "auto"} if mode == "eval" else {})
-    c = Run(**(state["config"] if state else {}) | own | given)
-    c.out = c.out or time.strftime(f"runs/{'eval' if mode == 'eval' else c.arm}-seed{c.seed}-%Y%m%d-%H%M%S")
-    return mode, c, state
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.error, add, switch = refuse, parser.add_argument, argparse.BooleanOptionalAction
+    add("--resume", metavar="DIR", help="go on with the run in DIR, under its flags; a flag given anew counts")
+    add("--eval", metavar="FILE", help="answer and score with this checkpoint, under its flags likewise")
+    add("--compare", metavar="DIR", nargs="+", help="print a table of finished runs")
+    # model
+    add("--ffn-factor", type=int, default=1, help="hidden width of the FFN over D; 4 under --dense")
+    add("--no-ffn", dest="ffn_factor", action="store_const", const=0, help="leave it out, as --ffn-factor 0")
+    add("--dense", action="store_true", help="the control: nn.Linear attention and a GELU FFN")
+    add("--d-model", type=int, help="width D")
+    add("--n-head", type=int, help="heads H")
+    add("--n-layer", type=int, help="layers L")
+    add("--dropout", type=float, help="dropout on each branch, in training")
+    # data and answers
+    add("--data", default="data/arc-agi-1", help="folder of the task set, as Kaggle or GitHub has it")
+    add("--extra", nargs="+", default=[], help="folders of more tasks to train on; asked ones are dropped")
+    add("--split", default="evaluation", choices=SPLITS[1:], help="split to answer")
+    add("--heldout", action=switch, default=True, help="hold out the training split's test pairs")
+    add("--permute-colours", action=switch, default=True, help="permute the colours of a task")
+    add("--repeat", type=int, default=1, help="times that an epoch shows each pair of the split to answer")
+    add("--score", action=switch, default=True, help="answer and score the split at the end")
+    add("--colour-votes", type=int, default=4, help="colour tables under which each of 8 views answers")
+    add("--show", type=int, default=0, help="test inputs to draw with their answers")
+    add("--out", help="folder of this run, new (default: runs/ARM-seedN-1, or -2, or ...)")
+    # training
+    add("--seed", type=int, default=0, help="seed of weights, order, views and colours")
+    add("--minutes", type=float, help="training budget; scoring comes on top")
+    add("--steps", type=int, default=0, help="training budget in steps, in place of minutes")
+    add("--max-tokens", type=int, help="longest pair to train on; longer test pairs count as wrong")
+    add("--batch-tokens", type=int, help="tokens per batch over all processes, padding included")
+    add("--lr", type=float, help=f"peak learning rate; times {DENSE_LR} by default under --dense")
+    add("--sars", action="store_true", help="train W_p and W_g by the routing loss of SARS alone")
+    # machine
+    add("--device", choices=DEVICES, default=DEVICES[0], help="where to run")
+    add("--dtype", choices=["float32", "bfloat16"], help="of matrix products; bfloat16 by autocast")
+    add("--compile", action=switch, default=True, help="torch.compile the blocks, where that works")
+    first, _ = parser.parse_known_args(argv)
+    preset = dict(CUDA if first.device == "cuda" else CPU)
+    if first.dense:
+        preset |= {"lr": DENSE_LR * preset["lr"], "ffn_factor": 4}
+    parser.set_defaults(**(saved or preset))
+    c = parser.parse_args(argv)
+
+    for name, least in LEAST.items():
+        if not least <= getattr(c, name) < 1e9:                     # nan is refused as well
+            refuse(f"--{name.replace('_', '-')} {getattr(c, name)}: expected {least} or more, below 1e9")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if c.dropout >= 1:
+        refuse(f"--dropout {c.dropout}: expected less than 1")
+    if c.d_model % (2 * c.n_head):
+        refuse(f"--d-model {c.d_model}: expected a multiple of {2 * c.n_head}, twice --n-head")
+    if c.batch_tokens < world * c.max_tokens:
+        refuse(f"--batch-tokens {c.batch_tokens}: expected --max-tokens {c.max_tokens} for each of {world}")
+    if c.dense and not c.ffn_factor:
+        refuse("--dense --no-ffn: the control has an FFN of its own; name one")
+    if c.sars and (c.dense or world > 1):
+        refuse("--sars: needs SPLs and one process; leave out --dense and torchrun")
+    c.arm = "dense" if c.dense else "ffn" if c.ffn_factor else "no-ffn"
+    return c
 
 
 # ------------------------------------------------------------------------------------------ files of a run
 def save(path, value):
-    """Atomic: to a temporary file, flushed to the disk, then renamed; tensors in a .pt file, else JSON."""
+    """Atomic: to a temporary file, flushed to the disk, then renamed. Tensors go into a .pt file, a list of
+    dicts into a .csv file with the columns of the first, everything else into JSON."""
     temporary = path.with_suffix(".tmp")
-    with blame(f"{path}: cannot be written"):
-        try:
-            with open(temporary, "wb") as file:
-                torch.save(value, file) if path.suffix == ".pt" else file.write(json.dumps(value).encode())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    try:
+        with open(temporary, "wb") as file:
+            if path.suffix == ".pt":
+                torch.save(value, file)
+            elif path.suffix == ".csv":
+                rows = [value[0].keys()] + [[str(row.get(name, "")) for name in value[0]] for row in value]
+                file.writelines(f"{','.join(row)}\n".encode() for row in rows)
+            else:
+                file.write(json.dumps(value, indent=1, allow_nan=False).encode())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as fault:                        # RuntimeError is torch.save's
+        refuse(f"{path}: cannot be written: {str(fault).splitlines()[0]}")
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def append(path, row):
-    """`row` as the next line of a CSV file, under a header if it is the first."""
-    with blame(f"{path}: cannot be written"), open(path, "a") as file:
-        header = "" if file.tell() else ",".join(row)
-        np.savetxt(file, [list(row.values())], "%.9g", delimiter=",", header=header, comments="")
+def load_checkpoint(file):
+    """The state that a run has saved. Nothing that the file holds is executed."""
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        if not {"flags", "names", "model"} <= state.keys():
+            raise ValueError("lacks flags, names or model")
+        return state
+    except Exception as fault:                      # pickle, zip and torch have errors of their own
+        reason = str(fault).splitlines() or [type(fault).__name__]
+        raise InputError(f"{file}: not a checkpoint of this program: {reason[0][:200]}") from None
 
 
-# ------------------------------------------------------------------------------------------ comparison
-def compare(c, argv):
-    """--ab: every arm with every seed, run after run, each its own process and folder; then their table.
-    Finished runs are kept and stopped ones go on: the same command continues, and runs made by hand count."""
-    require("RANK" not in os.environ, "--ab: starts its runs itself; leave out torchrun")
-    deep = round(c.n_layer * (1 + c.ffn_factor / 2))              # about as many weights as with the FFN
-    arms = {"no-ffn": ["--no-ffn"], "ffn": ["--ffn"], "dense": ["--dense"],
-            "no-ffn-deep": ["--no-ffn", f"--n-layer={deep}"]}
-    free = {"out", "seeds", "show", "compile", "decode_tokens", "save_minutes"}     # change rounding at most
-    signal.signal(signal.SIGINT, lambda *_: None)                       # Ctrl-C is for the run in hand
-    runs = {arm: [] for arm in arms}
-    for seed, arm in itertools.product(range(c.seeds), arms):
-        folder = Path(c.out) / f"{arm}-seed{seed}"
-        config, result = folder / "config.json", folder / "result.json"
-        words = [word for word in argv if word != "--ab"] + [*arms[arm], f"--seed={seed}", f"--out={folder}"]
-        if config.exists():
-            ours = asdict(parse(words)[1])
-            found = {f.name: f.default for f in fields(Run)} | read_object(config)     # it may lack new flags
-            odd = sorted(name for name in ours.keys() - free if found.get(name) != ours[name])
-            require(not odd, f"{folder}: a run with another --{' --'.join(odd).replace('_', '-')}; "
-                    "name another --out")
-        if not result.exists():
-            words = [f"--resume={folder}"] if (folder / "checkpoint.pt").exists() else words
-            status = subprocess.run([sys.executable, __file__, *words]).returncode
-            if status or not result.exists():
-                sys.exit(status or 130)
-        curve = np.genfromtxt(folder / "log.csv", delimiter=",", names=True)
-        curve = curve[np.isfinite(curve["heldout_loss"])]
-        require(len(curve), f"{folder}: --ab compares held-out losses, and this run has none")
-        runs[arm].append((read_object(result), curve))
-    text = table(runs)
-    Path(c.out, "table.md").write_text(text, encoding="utf-8")
-    print(text, end="")
-
-
-def table(runs):
-    """{arm: [(result, log lines with a held-out loss) by seed]} -> Markdown, mean ± standard deviation."""
-    curves = [curve for found in runs.values() for _, curve in found]
-    steps, seconds = (min(curve[axis][-1] for curve in curves) for axis in ("step", "seconds"))
-    target = max(curve["heldout_loss"][-1] for curve in curves)         # the loss that every run reaches
-
-    def measure(result, curve):
-        loss, reached = curve["heldout_loss"], curve[np.argmax(curve["heldout_loss"] <= target)]
-        return {
-            "parameters": result["parameters"], "FLOPs/token": result["flops_per_token"],
-            "steps/s": result["steps"] / result["seconds"],
-            "held-out loss at the end": result["heldout_loss"],
-            f"at step {steps:g}": np.interp(steps, curve["step"], loss),
-            f"at {seconds:.0f} s": np.interp(seconds, curve["seconds"], loss),
-            f"steps to {target:.3f}": reached["step"], f"seconds to {target:.3f}": reached["seconds"],
-            **{name: result.get(name, math.nan) for name in ("pass@1", "pass@2", "solved")},
-            "active": result["heldout_active"], "failed": result["heldout_failed"], "PI": curve["pi"][-1]}
-    rows = []
-    for arm, found in runs.items():
-        measured = [measure(*run) for run in found]
-        rows.append([arm] + [f"{np.mean(x):.4g}" + (f" ± {np.std(x, ddof=1):.2g}" if np.ptp(x) > 0 else "")
-                             for x in zip(*(run.values() for run in measured))])
-    head = [f"arm (n = {len(found)})", *measured[0]]
-    return "".join(f"| {' | '.join(row)} |\n" for row in [head, ["---"] * len(head), *rows])
+def make_folder(c):
+    """Makes the folder of a new run -> its name. It must be new, so that no two runs can share one."""
+    kind = "eval" if c.eval else c.arm
+    out = c.out or time.strftime(f"runs/{kind}-seed{c.seed}-%Y%m%d-%H%M%S-{os.getpid()}")
+    try:
+        Path(out).mkdir(parents=True)
+    except FileExistsError:
+        refuse(f"--out {out}: is there already; name another, or go on with it: --resume {out}")
+    return out
 
 
 # ------------------------------------------------------------------------------------------ training
-def rate(used, warmup, decay):
+LOG_EVERY, SAVE_MINUTES = 50, 5.0           # steps; minutes
+HELDOUT_EVERY = 0.04                        # share of the budget between two looks at the held-out pairs
+WARMUP, DECAY = 0.02, 0.5                   # shares of the budget
+CLIP, WEIGHT_DECAY = 1.0, 0.1               # largest gradient norm; of the blocks' matrices
+
+
+def rate(used):
     """Learning-rate factor when `used` of the budget is gone: linear up, constant, linear down to 0."""
-    return min(1.0, used / warmup if warmup else 1.0, max(0.0, 1 - used) / decay if decay else 1.0)
+    if used < WARMUP:
+        return used / WARMUP
+    if used > 1 - DECAY:
+        return max(0.0, 1 - used) / DECAY
+    return 1.0
 
 
 def compile_blocks(c, model, pairs, rank, world):
@@ -627,177 +506,269 @@ def compile_blocks(c, model, pairs, rank, world):
         module.forward = torch.compile(module.forward, dynamic=True)
     warm = 64 if c.device == "cuda" else 1      # about an epoch: CUDA compiles anew for small batches
     for _, batch in itertools.islice(batches(pairs, c, world), warm):
-        task_loss(model, *collate(batch[rank::world], model.head.weight.device)).backward()
+        task_loss(model, *collate(batch[rank::world], c.device)).backward()
     model.zero_grad()
 
 
-def train(c, model, optimizer, pairs, heldout, state, rank, world):
-    """Trains from `state` until the budget is used -> what result.json says of it; None if a signal came."""
-    out, log, step, seconds = Path(c.out), Path(c.out, "log.csv"), state["step"], state["seconds"]
-    device = model.head.weight.device
+def clock(c, state, stop, world):
+    """(share of the budget that is used, whether a signal came): those of rank 0, for all processes."""
+    used = state["step"] / c.steps if c.steps else state["seconds"] / (60 * c.minutes)
+    shared = torch.tensor([used, len(stop)], dtype=torch.float64)
+    if world > 1:
+        dist.broadcast(shared, 0)
+    return shared[0].item(), shared[1].item() > 0
 
-    def check_finite():
-        require(math.isfinite(norm), f"step {step}: loss {loss:g}, gradient norm {norm:g}, learning rate "
-                f"{lr:.2g}; a lower --lr may help; {out} keeps its last checkpoint")
 
-    def checkpoint():
-        check_finite()
-        if rank == 0:
-            now = {"step": step, "seconds": seconds, "log": log.stat().st_size if log.exists() else 0,
-                   "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            save(out / "checkpoint.pt", state | now)
-
-    shown, due, tokens, padded, route_loss = {}, 0.0, 0, 0, torch.tensor(math.nan)
-    loss, norm, lr, saved = math.nan, 0.0, c.lr, seconds
-    if rank == 0:
-        if log.exists():
-            os.truncate(log, state["log"])                          # what came after is made again
-        checkpoint()
-        git = subprocess.run("git describe --always --dirty", shell=True, cwd=Path(__file__).parent,
-                             capture_output=True, text=True).stdout.strip()
-        save(out / "config.json", asdict(c) | {"git": git})
-    routing = [p for m in model.spls().values() for p in (m.proto_weight, m.gate_weight)] if c.sars else []
-    others = [p for p in model.parameters() if p not in set(routing)]   # the two are clipped apart
-    if c.compile:
-        compile_blocks(c, model, pairs, rank, world)
+def train(c, model, optimizer, pairs, heldout, state, stop, rank, world):
+    """Trains until the budget is used or a signal is in `stop` -> whether it was the budget. `state` is kept
+    up to date, and saved."""
     net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-
-    stop = []
-    handlers = {n: signal.signal(n, lambda *_: stop.append(1)) for n in (signal.SIGINT, signal.SIGTERM)}
-    start, last = time.perf_counter() - seconds, seconds
-    bar = tqdm(total=100, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}", dynamic_ncols=True,
-               disable=rank > 0)
-    for epoch, batch in itertools.islice(batches(pairs, c, world), step, None):
-        seconds = time.perf_counter() - start
-        used = step / c.steps if c.steps else seconds / (60 * c.minutes)
-        used, stopped = gather((used, len(stop)), world)[0]         # one clock and one Ctrl-C for all
+    routing = set(model.routing_weights()) if c.sars else set()     # these learn from a loss of their own
+    others = [p for p in model.parameters() if p not in routing]
+    if heldout:
+        parts, kind = split_by_budget([len(sample.tokens) for sample in heldout], c.batch_tokens), "heldout"
+        monitored = [collate([heldout[i] for i in part], c.device) for part in parts]
+    else:                                                   # one batch of training pairs takes their place
+        monitored, kind = [collate(next(batches(pairs, c))[1], c.device)], "trained"
+    used, stopped = clock(c, state, stop, world)
+    bar = tqdm(total=100, initial=int(100 * used), bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}",
+               ascii=True, dynamic_ncols=True, disable=rank > 0)
+    tokens, since, saved, shown = 0, state["seconds"], state["seconds"], ""
+    start = time.perf_counter() - state["seconds"]
+    for epoch, batch in itertools.islice(batches(pairs, c, world), state["step"], None):
         if used >= 1 or stopped:
             break
-        lr = c.lr * rate(used, c.warmup, c.decay)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        torch.manual_seed((c.seed << 32) + step * world + rank)     # dropout follows from seed, step and rank
 
         # ---- the step
-        *inputs, targets = collate(batch[rank::world], device)
+        lr = c.lr * rate(used)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        torch.manual_seed((c.seed << 32) + state["step"] * world + rank)        # what dropout follows from
+        *inputs, targets = collate(batch[rank::world], c.device)
+        n_targets = sum(len(sample.tokens) - sample.n_prompt + 1 for sample in batch)
         with model.watch() if c.sars else nullcontext() as seen:
-            loss = task_loss(net, *inputs, targets) * world / sum(len(sample.answer) for sample in batch)
+            loss = task_loss(net, *inputs, targets) * world / n_targets
         loss.backward()                                             # several processes: DDP takes the mean
-        if c.sars:                                  # W_p and W_g learn from the routing loss alone
-            real = unpadded(targets)
-            with model.autocast():
-                route_loss = sum(routing_loss(*layer, real) for layer in seen.values()) / len(seen)
-            for p, gradient in zip(routing, torch.autograd.grad(route_loss, routing)):
-                p.grad = gradient
-        norm = torch.stack([nn.utils.clip_grad_norm_(p, c.clip) for p in (others, routing) if p]).norm()
+        if c.sars:
+            route_loss = train_routing(model, seen, targets, CLIP)
+        norm = nn.utils.clip_grad_norm_(others, CLIP)
         optimizer.step()
         optimizer.zero_grad()
         # ----
 
-        step, padded = step + 1, padded + targets.numel() * world
-        tokens += sum(len(sample.prompt) + len(sample.answer) - 1 for sample in batch)
-        if step % c.log_every and step != c.steps:
-            continue
-        loss, norm = sum(gather(loss.item(), world)) / world, norm.item()
-        seconds = time.perf_counter() - start
-        check_finite()
-        if rank == 0:
-            now, ahead, speed = evaluate(model, [(*inputs, targets)]), {}, tokens / (seconds - last)
-            if heldout and used >= due:
-                ahead, due = evaluate(model, heldout), used + 0.04
-                shown["held-out"] = f"{ahead['loss']:.3f}"
-            append(log, {
-                "step": step, "epoch": epoch, "seconds": seconds, "lr": lr, "loss": loss, "grad_norm": norm,
-                "tokens_per_s": speed, "padding": 1 - tokens / padded, "route_loss": route_loss.item(),
-                "pi": pi_score(now["loss"], now["entropy"], norm), **{key: now[key] for key in MONITORS[1:]},
-                **{f"heldout_{key}": ahead.get(key, math.nan) for key in MONITORS},
-                **{name: value for name, value in now.items() if " " in name}})
+        state["step"] += 1
+        state["seconds"] = time.perf_counter() - start
+        tokens += sum(len(sample.tokens) for sample in batch)
+        used, stopped = clock(c, state, stop, world)
+        last = used >= 1 or stopped
+        log_due = last or state["step"] % LOG_EVERY == 0
+        save_due = last or state["seconds"] - saved > 60 * SAVE_MINUTES
+        if (log_due or save_due) and not norm.isfinite():
+            refuse(f"step {state['step']}: loss {loss.item():g}, gradient norm {norm.item():g}, learning rate "
+                   f"{lr:.2g}; a lower --lr may help; {c.out} keeps its last checkpoint")
+
+        # once in a while: log
+        if log_due:
+            if world > 1:
+                dist.all_reduce(loss)
+            row = {"step": state["step"], "epoch": epoch, "lr": lr, "loss": loss.item() / world,
+                   "grad_norm": norm.item()}
+            state["seconds"] = row["seconds"] = time.perf_counter() - start     # only now is the GPU done
+            row["tokens_per_s"] = speed = tokens / (row["seconds"] - since)
+            if c.sars:
+                row["route_loss"] = route_loss.item()
+            if rank == 0 and (last or used >= state["look_at"]):
+                found = evaluate(model, monitored)
+                row |= {f"{kind}_{name}": value for name, value in found.items()}
+                row["pi"] = pi_score(found["loss"], found["entropy"], row["grad_norm"])
+                state["look_at"], shown = used + HELDOUT_EVERY, f", {kind} {found['loss']:.3f}"
+            state["log"].append(row)
+            if rank == 0:
+                save(Path(c.out, "log.csv"), state["log"])
             mfu = model.mfu(speed / world, targets.shape[1])
-            shown |= {"loss": f"{loss:.3f}", "tok/s": f"{speed:.0f}"} | ({"MFU": f"{mfu:.0%}"} if mfu else {})
-            bar.set_postfix(shown, refresh=False)
-            bar.update(100 * used - bar.n)
-        if seconds - saved > 60 * c.save_minutes:
-            checkpoint()
-            saved = seconds
-        tokens, padded, last = 0, 0, seconds
-        start = time.perf_counter() - seconds                   # looking is not training: no time has passed
-    bar.update(0 if stopped else 100 - bar.n)
+            bar.set_postfix_str(f"loss {row['loss']:.3f}{shown}, {speed:.0f} tok/s"
+                                + (f", MFU {mfu:.0%}" if mfu else ""), refresh=False)
+            bar.update(int(100 * min(1, used)) - bar.n)
+            tokens, since = 0, state["seconds"]
+            start = time.perf_counter() - state["seconds"]          # looking is not training: no time has passed
+
+        # once in a while: save
+        if save_due and rank == 0:
+            save_checkpoint(c, model, optimizer, state)
+            saved = state["seconds"]
     bar.close()
-    checkpoint()
+    return not stopped
+
+
+# ------------------------------------------------------------------------------------------ comparison
+# Student's t, two-sided 95%, for 1, 2, ... degrees of freedom
+T95 = 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11
+
+
+def compare(folders):
+    """Prints a Markdown table of finished runs: mean +- standard deviation for each arm, which is a folder's
+    name up to "-seed", and its held-out loss less the first arm's, paired by seed, with the 95% interval."""
+    runs, arms = [], {}
+    for folder in map(Path, folders):
+        try:
+            log = np.genfromtxt(folder / "log.csv", delimiter=",", names=True)
+            log = log[np.isfinite(log["heldout_loss"])]
+            runs.append((folder, read_json(folder / "config.json"), read_json(folder / "result.json"), log))
+        except (OSError, ValueError) as fault:
+            refuse(f"{folder}: not a finished run with held-out pairs: {fault}")
+    seconds = min(log["seconds"][-1] for *_, log in runs)
+    target = max(log["heldout_loss"][-1] for *_, log in runs)       # the loss that every run reaches
+    for folder, config, result, log in runs:
+        arms.setdefault(folder.name.split("-seed")[0], {})[config["seed"]] = {
+            "held-out loss": result["heldout_loss"], "grids": result["heldout_grids"],
+            "training loss": log["loss"][-5:].mean(), "pass@2": result.get("pass@2", math.nan),
+            "parameters": result["parameters"], "steps": result["steps"], "minutes": result["seconds"] / 60,
+            f"held-out loss at {seconds:.0f} s": np.interp(seconds, log["seconds"], log["heldout_loss"]),
+            f"seconds to {target:.3f}": log["seconds"][np.argmax(log["heldout_loss"] <= target)]}
+    first = next(iter(arms.values()))
+    columns = list(next(iter(first.values())))
+    print("| arm | n |", " | ".join(columns), "| held-out loss, less the first arm's |")
+    print("|---" * (len(columns) + 3) + "|")
+    for arm, seeds in arms.items():
+        cells = []
+        for name in columns:
+            values = [run[name] for run in seeds.values()]
+            spread = f" +- {np.std(values, ddof=1):.2g}" if len(seeds) > 1 else ""
+            cells.append(f"{np.mean(values):.4g}{spread}")
+        gaps = [seeds[x]["held-out loss"] - first[x]["held-out loss"] for x in seeds if x in first]
+        if len(gaps) > 1:
+            half = T95[min(len(gaps) - 1, len(T95)) - 1] * np.std(gaps, ddof=1) / math.sqrt(len(gaps))
+            cells.append(f"{np.mean(gaps):+.4f} +- {half:.4f}")
+        print(f"| {arm} | {len(seeds)} |", " | ".join(cells), "|")
+
+
+# ------------------------------------------------------------------------------------------ main
+def fall_silent(stream):
+    """Makes `stream` fall silent once nobody reads it any more: a closed pipe or terminal ends no run."""
+    write = stream.write
+
+    def write_if_read(text):
+        try:
+            write(text)
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    stream.write = write_if_read
+
+
+def peak_gib():
+    """GiB of the GPU's memory in use at most since the last call; 0 where there is none."""
+    if not torch.cuda.is_available():
+        return 0.0
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    torch.cuda.reset_peak_memory_stats()
+    return round(peak, 2)
+
+
+def build(c, n_task, state):
+    """The model and its optimizer, fresh or as the checkpoint `state` holds them."""
+    model = Transformer(Config(
+        n_task=n_task, d_model=c.d_model, n_head=c.n_head, n_layer=c.n_layer, dense=c.dense,
+        ffn_factor=c.ffn_factor, dropout=c.dropout, dtype=c.dtype)).to(c.device)
+    optimizer = torch.optim.AdamW(model.parameter_groups(WEIGHT_DECAY), c.lr, betas=(0.9, 0.95), fused=True)
+    if state:
+        try:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError) as fault:
+            refuse(f"the checkpoint is of another shape: {str(fault).splitlines()[-1].strip()}")
+    return model, optimizer
+
+
+def save_checkpoint(c, model, optimizer, state):
+    tensors = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    save(Path(c.out, "checkpoint.pt"), state | tensors)
+
+
+def run(c, model, optimizer, pairs, heldout, state, rank, world):
+    """Trains, under the signals that stop a run -> what result.json says of it, or None if one came."""
+    budget = f"{c.steps} steps" if c.steps else f"{c.minutes:g} minutes"
+    print(f"{c.arm} on {world} x {c.device}: D={c.d_model} H={c.n_head} L={c.n_layer}, {c.dtype}, "
+          f"{model.n_params() / 1e6:.2f} M parameters; {len(pairs)} pairs of at most {c.max_tokens} tokens, "
+          f"{budget}, {c.batch_tokens} tokens a step; into {c.out}")
+    if rank == 0:
+        save_checkpoint(c, model, optimizer, state)
+    if c.compile and can_compile(c.device):
+        compile_blocks(c, model, pairs, rank, world)
+    stop, handlers = [], {}
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:              # nohup's, for one
+            handlers[number] = signal.signal(number, lambda number, _: stop.append(number))
+    finished = train(c, model, optimizer, pairs, heldout, state, stop, rank, world)
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    if stopped:
-        launcher = f"torchrun --standalone --nproc_per_node={world}" if world > 1 else "python"
-        print(f"stopped at step {step}; go on with: {launcher} train_arc.py --resume {out}")
+    if not finished:
+        print(f"stopped at step {state['step']}; go on with: python train_arc.py --resume {c.out}")
         return None
-    return summary(c, model, heldout if rank == 0 else None) | {"steps": step, "seconds": seconds}
-
-
-def summary(c, model, heldout):
-    """What result.json says of a trained model before its score; one line of it on the screen."""
-    result = {"arm": c.arm, "parameters": model.n_params(),
-              "flops_per_token": model.flops_per_token(c.max_tokens)}
-    if heldout:
-        found = evaluate(model, heldout)
-        told = "held-out: loss {loss:.4f}, {tokens:.1%} of tokens, {grids:.1%} of grids"
-        print((told + "; {active:.0%} of the neurons active" * (not c.dense)).format(**found))
-        result |= {f"heldout_{key}": value for key, value in found.items()}
+    result = {"arm": c.arm, "parameters": model.n_params(), "steps": state["step"],
+              "flops_per_token": model.flops_per_token(c.max_tokens), "training_gib": peak_gib()}
+    result |= state["log"][-1]
+    if heldout and rank == 0:
+        print("held-out: loss {heldout_loss:.4f}, {heldout_tokens:.1%} of tokens, {heldout_grids:.1%} of "
+              "grids".format(**result))
     return result
 
 
 def main(argv):
-    mode, c, state = parse(argv)
-    if mode == "ab":
-        return compare(c, argv)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))   # torchrun sets them
+    c, state = parse(argv), None
+    if c.compare:
+        return compare(c.compare)
+    if c.resume or c.eval:
+        state = load_checkpoint(c.eval or Path(c.resume, "checkpoint.pt"))
+        here = {"out": None} if c.resume else {"out": None, "device": c.device}
+        c = parse(argv, state["flags"] | here)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
     if c.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if world > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if c.device == "cuda" else "gloo")  # gloo for `gather`
-        c.out = gather(c.out, world)[0]                 # its name may hold the time
+        dist.init_process_group("cpu:gloo,cuda:nccl" if c.device == "cuda" else "gloo")
     if rank > 0:
-        sys.stdout = None                               # print is silent then: one process speaks
+        sys.stdout = open(os.devnull, "w")              # one process speaks
     torch.manual_seed(c.seed)
     torch.set_float32_matmul_precision("high")          # TF32 where bfloat16 does not reach
     torch.backends.cuda.enable_cudnn_sdp(False)         # it plans anew for each of thousands of shapes
-    out, device, result = Path(c.out), torch.device(c.device), {}
-    require(rank > 0 or mode == "resume" or all(file.suffix == ".tmp" for file in out.glob("*")),
-            f"--out {out}: is not empty; name another folder, or go on with a run in it: --resume {out}")
-    names, pairs, heldout = (state["names"], None, None) if mode == "eval" else load_data(c, device)
-    model = Transformer(Config(
-        n_task=len(names), d_model=c.d_model, n_head=c.n_head, n_layer=c.n_layer, dense=c.dense,
-        ffn_factor=c.ffn_factor if c.ffn else 0, dropout=c.dropout, dtype=c.dtype)).to(device)
-    require(mode == "eval" or len(pairs) >= world, f"{c.data}: fewer pairs than the {world} processes")
-    optimizer = torch.optim.AdamW(model.parameter_groups(c.weight_decay), c.lr, betas=(0.9, 0.95), fused=True)
-    if state:
-        require(state["names"] == names, f"{c.data} {c.extra}: other tasks than those of the checkpoint")
-        with blame("the checkpoint is of another shape"):
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-    out.mkdir(parents=True, exist_ok=True)
-    if mode != "eval":
-        budget = f"{c.steps} steps" if c.steps else f"{c.minutes:g} minutes"
-        print(f"{c.arm} on {c.device}{f' x {world}' * (world > 1)}: D={c.d_model} H={c.n_head} L={c.n_layer}"
-              f", {model.n_params() / 1e6:.2f} M parameters, {c.dtype}{', compiled' * c.compile}; "
-              f"{len(pairs)} pairs of at most {c.max_tokens} tokens, {budget}, {c.batch_tokens} tokens a step"
-              f"; into {out}")
-        state = state or {"config": asdict(c), "names": names, "step": 0, "seconds": 0.0, "log": 0}
-        result = train(c, model, optimizer, pairs, heldout, state, rank, world)
-        if not result:
-            return
-    elif rank == 0:
-        save(out / "config.json", asdict(c) | {"command": argv})
-    if c.score or mode == "eval":
-        result |= solve(c, model, names, rank, world)
+
+    names, pairs, heldout = (state["names"], [], []) if c.eval else load_data(c)
+    digest = hashlib.sha256(b"".join(pair.views[0].tokens.tobytes() for pair in pairs)).hexdigest()
+    if c.resume and (state["names"], state["pairs"]) != (names, digest):
+        refuse(f"{c.data} {' '.join(c.extra)}: other pairs than those that the run was trained on")
+    model, optimizer = build(c, len(names), state)
+    state = state or {"names": names, "pairs": digest, "step": 0, "seconds": 0.0, "look_at": 0.0, "log": []}
     if rank == 0:
-        save(out / "result.json", result)
+        c.out = c.resume or make_folder(c)
+        git = subprocess.run("git describe --always --dirty", shell=True, cwd=Path(__file__).parent,
+                             capture_output=True, text=True).stdout.strip()
+        flags = {name: value for name, value in vars(c).items() if name not in ("resume", "eval", "compare")}
+        state |= {"flags": flags, "shape": asdict(model.config)}
+        save(Path(c.out, "config.json"), flags | {"command": argv, "git": git, "torch": torch.__version__})
+
+    result = {} if c.eval else run(c, model, optimizer, pairs, heldout, state, rank, world)
+    if result is None:
+        return 130
+    if rank == 0:
+        save(Path(c.out, "result.json"), result)        # before the answers, which may take long or fail
+    if c.score or c.eval:
+        result |= solve(c, model, names, rank, world) | {"answering_gib": peak_gib()}
+        if rank == 0:
+            save(Path(c.out, "result.json"), result)
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")       # for terminals that lack a letter of a path
+    fall_silent(sys.stdout)
+    fall_silent(sys.stderr)
     try:
-        main(sys.argv[1:])
-    except (DataError, OSError) as fault:              # OSError names its file: missing or unreadable
+        sys.exit(main(sys.argv[1:]))
+    except (InputError, OSError) as fault:                  # OSError names its file: missing or unreadable
         print(f"error: {fault}", file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError:
+        print("error: out of memory; a lower --batch-tokens may help", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
