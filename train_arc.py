@@ -89,7 +89,7 @@ def read_raw(folder, split):
     for path, folders, files in os.walk(folder / split if has_splits else folder, followlinks=True):
         if not has_splits and Path(path).name in SPLITS:
             refuse(f"{folder}: its tasks are in {Path(path).parent}; name that")
-        folders[:] = [name for name in folders if name[0] != "." and name != "__MACOSX"]
+        folders[:] = sorted(name for name in folders if name[0] != "." and name != "__MACOSX")
         for file in sorted(Path(path, name) for name in files if name[0] != "."):
             if file.suffix.lower() == ".json":
                 first, _ = tasks.setdefault(file.stem, (file, read_json(file)))
@@ -102,25 +102,25 @@ def read_tasks(folder, split, solved=False, faults=None):
     """{id: Task} of one split. Test outputs are read only if `solved`; one that is missing, null or [] is
     None. A task at fault raises InputError, or is named in the list `faults` and left out."""
     tasks, solutions = {}, Path(folder, f"arc-agi_{split}_solutions.json")
-    outputs = read_json(solutions) if solved and solutions.exists() else {}
+    given = read_json(solutions) if solved and solutions.exists() else {}
     for name, (file, raw) in read_raw(folder, split).items():
         try:
             train = [(read_grid(pair["input"]), read_grid(pair["output"])) for pair in raw["train"]]
-            test = [(read_grid(pair["input"]), pair.get("output")) for pair in raw["test"]]
-            if not train or not test:
-                raise ValueError(f"{len(train)} train pairs and {len(test)} tests; expected one or more")
-            if name in outputs:
-                file = solutions
-                if len(outputs[name]) != len(test):
-                    raise ValueError(f"{len(outputs[name])} outputs; expected {len(test)}")
-                test = [(x, y) for (x, _), y in zip(test, outputs[name])]
-            known = [solved and y not in (None, []) for _, y in test]
-            tasks[name] = Task(train, [(x, read_grid(y) if k else None) for k, (x, y) in zip(known, test)])
+            inputs = [read_grid(pair["input"]) for pair in raw["test"]]
+            if not train or not inputs:
+                raise ValueError(f"{len(train)} train pairs and {len(inputs)} tests; expected one or more")
+            outputs = [pair.get("output") for pair in raw["test"]] if solved else [None] * len(inputs)
+            if given.get(name):
+                file, outputs = solutions, given[name]
+            if len(outputs) != len(inputs):
+                raise ValueError(f"{len(outputs)} outputs for {len(inputs)} test inputs")
+            outputs = [None if output in (None, []) else read_grid(output) for output in outputs]
+            tasks[name] = Task(train, list(zip(inputs, outputs)))
         except (AttributeError, KeyError, TypeError, ValueError) as fault:
-            reason = f"no {fault}" if isinstance(fault, KeyError) else fault
+            where = f"{file}: task {name}: {'no ' if isinstance(fault, KeyError) else ''}{fault}"
             if faults is None:
-                raise InputError(f"{file}: task {name}: {reason}") from None
-            faults.append(f"{file}: task {name}: {reason}")
+                raise InputError(where) from None
+            faults.append(where)
     return tasks
 
 
@@ -132,18 +132,12 @@ def key(grid):
 def without_leaks(others, asked):
     """Those of the tasks `others` that share no id, no test input and no set of demonstrations with the
     `asked` ones: ARC-1 and ARC-2 overlap, and some tasks are in both under different ids."""
-    def demonstrations(task):
-        return frozenset((key(x), key(y)) for x, y in task.train)
+    def clues(task, inputs):
+        return {frozenset((key(x), key(y)) for x, y in task.train), *(key(x) for x, _ in inputs)}
 
-    asked_demonstrations = {demonstrations(task) for task in asked.values()}
-    asked_inputs = {key(x) for task in asked.values() for x, _ in task.test}
-    kept = {}
-    for name, task in others.items():
-        inputs = {key(x) for x, _ in task.train + task.test}
-        if name not in asked and not inputs & asked_inputs:
-            if demonstrations(task) not in asked_demonstrations:
-                kept[name] = task
-    return kept
+    taken = set().union(*(clues(task, task.test) for task in asked.values()))
+    return {name: task for name, task in others.items()
+            if name not in asked and taken.isdisjoint(clues(task, task.train + task.test))}
 
 
 # ------------------------------------------------------------------------------------------ batches
@@ -320,7 +314,7 @@ def score(answers, tasks):
 
 
 def draw(title, grid):
-    print(title, *(" ".join(map(str, row)) for row in np.asarray(grid).tolist()), sep="\n")
+    print(title, *(" ".join(map(str, row)) for row in grid), sep="\n")
 
 
 def solve(c, model, names, rank=0, world=1):
@@ -350,9 +344,8 @@ def solve(c, model, names, rank=0, world=1):
         x, y = tasks[name].test[i]
         draw(f"{name} test {i}: input", x)
         for n, grid in enumerate(answers[name, i][:2], 1):
-            draw(f"attempt {n}" + ("" if y is None else ": right" if grid == y.tolist() else ": wrong"), grid)
-        if y is not None:
-            draw("output", y)
+            draw(f"attempt {n}", grid)
+        draw("output", [] if y is None else y)
     result, asked = score(answers, tasks), sum(len(task.test) for task in tasks.values())
     print(f"{len(questions)} of {asked} test inputs were short enough and of a trained task; see {file}")
     if result:
@@ -656,62 +649,18 @@ def fall_silent(stream):
     stream.write = write_if_read
 
 
-def peak_gib():
-    """GiB of the GPU's memory in use at most since the last call; 0 where there is none."""
-    if not torch.cuda.is_available():
-        return 0.0
-    peak = torch.cuda.max_memory_allocated() / 2**30
-    torch.cuda.reset_peak_memory_stats()
-    return round(peak, 2)
-
-
-def build(c, n_task, state):
-    """The model and its optimizer, fresh or as the checkpoint `state` holds them."""
-    model = Transformer(Config(
-        n_task=n_task, d_model=c.d_model, n_head=c.n_head, n_layer=c.n_layer, dense=c.dense,
-        ffn_factor=c.ffn_factor, dropout=c.dropout, dtype=c.dtype)).to(c.device)
-    optimizer = torch.optim.AdamW(model.parameter_groups(WEIGHT_DECAY), c.lr, betas=(0.9, 0.95), fused=True)
-    if state:
-        try:
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError) as fault:
-            refuse(f"the checkpoint is of another shape: {str(fault).splitlines()[-1].strip()}")
-    return model, optimizer
-
-
 def save_checkpoint(c, model, optimizer, state):
     tensors = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     save(Path(c.out, "checkpoint.pt"), state | tensors)
 
 
-def run(c, model, optimizer, pairs, heldout, state, rank, world):
-    """Trains, under the signals that stop a run -> what result.json says of it, or None if one came."""
-    budget = f"{c.steps} steps" if c.steps else f"{c.minutes:g} minutes"
-    print(f"{c.arm} on {world} x {c.device}: D={c.d_model} H={c.n_head} L={c.n_layer}, {c.dtype}, "
-          f"{model.n_params() / 1e6:.2f} M parameters; {len(pairs)} pairs of at most {c.max_tokens} tokens, "
-          f"{budget}, {c.batch_tokens} tokens a step; into {c.out}")
-    if rank == 0:
-        save_checkpoint(c, model, optimizer, state)
-    if c.compile and can_compile(c.device):
-        compile_blocks(c, model, pairs, rank, world)
-    stop, handlers = [], {}
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:              # nohup's, for one
-            handlers[number] = signal.signal(number, lambda number, _: stop.append(number))
-    finished = train(c, model, optimizer, pairs, heldout, state, stop, rank, world)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    if not finished:
-        print(f"stopped at step {state['step']}; go on with: python train_arc.py --resume {c.out}")
-        return None
-    result = {"arm": c.arm, "parameters": model.n_params(), "steps": state["step"],
-              "flops_per_token": model.flops_per_token(c.max_tokens), "training_gib": peak_gib()}
-    result |= state["log"][-1]
-    if heldout and rank == 0:
-        print("held-out: loss {heldout_loss:.4f}, {heldout_tokens:.1%} of tokens, {heldout_grids:.1%} of "
-              "grids".format(**result))
-    return result
+def peak_gib(c):
+    """GiB of the GPU's memory that were in use at most since the last call; 0 on a CPU."""
+    if c.device == "cpu":
+        return 0.0
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    torch.cuda.reset_peak_memory_stats()
+    return peak
 
 
 def main(argv):
@@ -733,27 +682,64 @@ def main(argv):
     torch.set_float32_matmul_precision("high")          # TF32 where bfloat16 does not reach
     torch.backends.cuda.enable_cudnn_sdp(False)         # it plans anew for each of thousands of shapes
 
+    # the data, and the model of the checkpoint or a new one
     names, pairs, heldout = (state["names"], [], []) if c.eval else load_data(c)
     digest = hashlib.sha256(b"".join(pair.views[0].tokens.tobytes() for pair in pairs)).hexdigest()
+    shape = state["shape"] if state else {
+        "n_task": len(names), "d_model": c.d_model, "n_head": c.n_head, "n_layer": c.n_layer,
+        "dense": c.dense, "ffn_factor": c.ffn_factor}
+    model = Transformer(Config(**shape, dropout=c.dropout, dtype=c.dtype)).to(c.device)
+    optimizer = torch.optim.AdamW(model.parameter_groups(WEIGHT_DECAY), c.lr, betas=(0.9, 0.95), fused=True)
+    if state:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
     if c.resume and (state["names"], state["pairs"]) != (names, digest):
         refuse(f"{c.data} {' '.join(c.extra)}: other pairs than those that the run was trained on")
-    model, optimizer = build(c, len(names), state)
-    state = state or {"names": names, "pairs": digest, "step": 0, "seconds": 0.0, "look_at": 0.0, "log": []}
+    state = state or {"names": names, "pairs": digest, "shape": shape, "step": 0, "seconds": 0.0,
+                      "look_at": 0.0, "log": []}
+
+    # the folder of the run
+    state["flags"] = {name: value for name, value in vars(c).items() if name not in ("resume", "eval", "compare")}
     if rank == 0:
         c.out = c.resume or make_folder(c)
         git = subprocess.run("git describe --always --dirty", shell=True, cwd=Path(__file__).parent,
                              capture_output=True, text=True).stdout.strip()
-        flags = {name: value for name, value in vars(c).items() if name not in ("resume", "eval", "compare")}
-        state |= {"flags": flags, "shape": asdict(model.config)}
-        save(Path(c.out, "config.json"), flags | {"command": argv, "git": git, "torch": torch.__version__})
+        save(Path(c.out, "config.json"), state["flags"] | {
+            "out": c.out, "command": argv, "git": git, "torch": torch.__version__})
 
-    result = {} if c.eval else run(c, model, optimizer, pairs, heldout, state, rank, world)
-    if result is None:
-        return 130
-    if rank == 0:
-        save(Path(c.out, "result.json"), result)        # before the answers, which may take long or fail
+    # training
+    result = {}
+    if not c.eval:
+        budget = f"{c.steps} steps" if c.steps else f"{c.minutes:g} minutes"
+        print(f"{c.arm} on {world} x {c.device}: D={c.d_model} H={c.n_head} L={c.n_layer}, {c.dtype}, "
+              f"{model.n_params() / 1e6:.2f} M parameters; {len(pairs)} pairs of at most {c.max_tokens} tokens, "
+              f"{budget}, {c.batch_tokens} tokens a step; into {c.out}")
+        if rank == 0:
+            save_checkpoint(c, model, optimizer, state)
+        if c.compile and can_compile(c.device):
+            compile_blocks(c, model, pairs, rank, world)
+        stop, handlers = [], {}
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:              # as it is under nohup
+                handlers[number] = signal.signal(number, lambda number, _: stop.append(number))
+        finished = train(c, model, optimizer, pairs, heldout, state, stop, rank, world)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if not finished:
+            print(f"stopped at step {state['step']}; go on with: python train_arc.py --resume {c.out}")
+            return 130
+        result = state["log"][-1] | {
+            "arm": c.arm, "parameters": model.n_params(), "steps": state["step"],
+            "flops_per_token": model.flops_per_token(c.max_tokens), "training_gib": peak_gib(c)}
+        if rank == 0:
+            if heldout:
+                print("held-out: loss {heldout_loss:.4f}, {heldout_tokens:.1%} of tokens, {heldout_grids:.1%} "
+                      "of grids".format(**result))
+            save(Path(c.out, "result.json"), result)        # before the answers, which may fail
+
+    # answers
     if c.score or c.eval:
-        result |= solve(c, model, names, rank, world) | {"answering_gib": peak_gib()}
+        result |= solve(c, model, names, rank, world) | {"answering_gib": peak_gib(c)}
         if rank == 0:
             save(Path(c.out, "result.json"), result)
 
