@@ -60,7 +60,7 @@ def read_grid(value):
     rows = value if isinstance(value, list) else []
     widths = {len(row) if isinstance(row, list) else 0 for row in rows}
     if len(widths) != 1 or 0 in widths or max(*widths, len(rows)) > MAX_SIDE:
-        raise ValueError(f"{str(value)[:40]} is no grid; expected 1 to {MAX_SIDE} rows of one width, as long")
+        raise ValueError(f"{json.dumps(value)[:40]} is no grid; expected 1 to {MAX_SIDE} rows of one width, as long")
     for cell in itertools.chain(*rows):
         if type(cell) is not int or not 0 <= cell <= 9:
             raise ValueError(f"a cell is {json.dumps(cell)[:20]}; expected an integer from 0 to 9")
@@ -239,8 +239,9 @@ def decode_tokens(model):
 def propose(model, questions, c, rank):
     """{question: Pair of prompts} -> {question: [output, ...]}: greedy, in 8 views times c.colour_votes
     colour tables, turned and coloured back, no two alike. The first table changes nothing."""
-    rng, device, jobs = np.random.default_rng(c.seed), model.head.weight.device, []
+    device, jobs = model.head.weight.device, []
     for question, pair in questions.items():
+        rng = np.random.default_rng(c.seed)                         # anew: no question depends on another
         for vote in range(c.colour_votes if pair.free else 1):
             table = colour_table(pair.free if vote else [], rng)
             jobs += [(question, table, prompt._replace(tokens=table[prompt.tokens])) for prompt in pair.views]
