@@ -55,7 +55,7 @@ class _MAS(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g, _n, _peak):
-        return _MASBackward.apply(g, *ctx.saved_tensors)
+        return None if g is None else _MASBackward.apply(g, *ctx.saved_tensors)
 
 
 class _MASBackward(torch.autograd.Function):
@@ -168,7 +168,7 @@ def routing_loss(spl, x, Y_out, real):
     counts in nothing. It reaches W_p and W_g alone; a mask of zeros gives ln 2 / 2 and no gradient.
     """
     def normalized(z):
-        return z / z.sum(-1, keepdim=True).clamp_min(torch.finfo(z.dtype).tiny)
+        return z / z.sum(-1, keepdim=True).clamp_min(1e-9)     # a smaller guard overflows in its derivative
 
     def norms(z):                                              # over the real tokens: (..., D_out) -> (D_out,)
         return (z.detach().float() * real.unsqueeze(-1)).flatten(0, -2).norm(dim=0)
@@ -186,8 +186,8 @@ def can_compile(device):
         torch.compile(lambda x: (x + 1).sin())(torch.ones(8, device=device))
         return True
     except Exception as fault:         # the compiler's tools raise errors of many kinds, none of them ours
-        reason = str(fault).strip().splitlines() or [type(fault).__name__]
-        print(f"torch.compile does not work here, going on without it: {reason[0][:200]}")
+        reason = " ".join(str(fault).split()) or type(fault).__name__
+        print(f"torch.compile does not work here, going on without it: {reason[:200]}")
         return False
 
 
