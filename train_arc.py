@@ -394,7 +394,7 @@ def parse(argv, saved=None):
     add("--score", action=switch, default=True, help="answer and score the split at the end")
     add("--colour-votes", type=int, default=4, help="colour tables under which each of 8 views answers")
     add("--show", type=int, default=0, help="test inputs to draw with their answers")
-    add("--out", help="folder of this run, new (default: runs/ARM-seedN-1, or -2, or ...)")
+    add("--out", help="folder of this run, a new one; by default in runs/")
     # training
     add("--seed", type=int, default=0, help="seed of weights, order, views and colours")
     add("--minutes", type=float, help="training budget; scoring comes on top")
@@ -459,8 +459,10 @@ def load_checkpoint(file):
     """The state that a run has saved. Nothing that the file holds is executed."""
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-        if not {"flags", "names", "model"} <= state.keys():
-            raise ValueError("lacks flags, names or model")
+        missing = {"flags", "shape", "names", "pairs", "step", "seconds", "look_at", "log", "model",
+                   "optimizer"} - state.keys()
+        if missing:
+            raise ValueError(f"no {min(missing)} in it")
         return state
     except Exception as fault:                      # pickle, zip and torch have errors of their own
         reason = str(fault).splitlines() or [type(fault).__name__]
@@ -559,7 +561,7 @@ def train(c, model, optimizer, pairs, heldout, state, stop, rank, world):
         save_due = last or state["seconds"] - saved > 60 * SAVE_MINUTES
         if (log_due or save_due) and not norm.isfinite():
             refuse(f"step {state['step']}: loss {loss.item():g}, gradient norm {norm.item():g}, learning rate "
-                   f"{lr:.2g}; a lower --lr may help; {c.out} keeps its last checkpoint")
+                   f"{lr:.2g}; a lower --lr may help; the last checkpoint is kept")
 
         # once in a while: log
         if log_due:
@@ -672,6 +674,11 @@ def main(argv):
         state = load_checkpoint(c.eval or Path(c.resume, "checkpoint.pt"))
         here = {"out": None} if c.resume else {"out": None, "device": c.device}
         c = parse(argv, state["flags"] | here)
+        for name in state["shape"].keys() & vars(c).keys():
+            if state["shape"][name] != getattr(c, name):
+                refuse(f"the checkpoint's model has {name} {state['shape'][name]}; leave out that flag")
+        if c.resume and c.out:
+            refuse("--resume: a run stays in its folder; leave out --out")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
     if c.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -716,6 +723,7 @@ def main(argv):
               f"{model.n_params() / 1e6:.2f} M parameters; {len(pairs)} pairs of at most {c.max_tokens} tokens, "
               f"{budget}, {c.batch_tokens} tokens a step; into {c.out}")
         if rank == 0:
+            Path(c.out, "result.json").unlink(missing_ok=True)          # a run that goes on is not finished
             save_checkpoint(c, model, optimizer, state)
         if c.compile and can_compile(c.device):
             compile_blocks(c, model, pairs, rank, world)
@@ -723,9 +731,11 @@ def main(argv):
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:              # as it is under nohup
                 handlers[number] = signal.signal(number, lambda number, _: stop.append(number))
-        finished = train(c, model, optimizer, pairs, heldout, state, stop, rank, world)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        try:
+            finished = train(c, model, optimizer, pairs, heldout, state, stop, rank, world)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         if not finished:
             print(f"stopped at step {state['step']}; go on with: python train_arc.py --resume {c.out}")
             return 130
