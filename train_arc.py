@@ -666,19 +666,25 @@ def peak_gib(c):
     return peak
 
 
+def restore(c, argv):
+    """The flags and the state of an earlier run, to go on with or to answer again; flags given anew count."""
+    state = load_checkpoint(c.eval or Path(c.resume, "checkpoint.pt"))
+    here = {"out": None} if c.resume else {"out": None, "device": c.device}
+    c = parse(argv, state["flags"] | here)
+    for name in state["shape"].keys() & vars(c).keys():
+        if state["shape"][name] != getattr(c, name):
+            refuse(f"the checkpoint's model has {name} {state['shape'][name]}; leave out that flag")
+    if c.resume and c.out:
+        refuse("--resume: a run stays in its folder; leave out --out")
+    return c, state
+
+
 def main(argv):
     c, state = parse(argv), None
     if c.compare:
         return compare(c.compare)
     if c.resume or c.eval:
-        state = load_checkpoint(c.eval or Path(c.resume, "checkpoint.pt"))
-        here = {"out": None} if c.resume else {"out": None, "device": c.device}
-        c = parse(argv, state["flags"] | here)
-        for name in state["shape"].keys() & vars(c).keys():
-            if state["shape"][name] != getattr(c, name):
-                refuse(f"the checkpoint's model has {name} {state['shape'][name]}; leave out that flag")
-        if c.resume and c.out:
-            refuse("--resume: a run stays in its folder; leave out --out")
+        c, state = restore(c, argv)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
     if c.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
