@@ -1,8 +1,10 @@
 """Every claim of this project as a test.  Run: pytest -q test_all.py"""
 
+import copy
 import itertools
 import json
 import math
+import os
 import re
 import resource
 import shutil
@@ -10,8 +12,11 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from collections import Counter
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")      # before torch is imported: tiny runs are faster on one thread
 
 import numpy as np
 import pytest
@@ -21,17 +26,18 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import spl
 import train_arc
-from block import Block, MoIE
-from dynsiha import DynSIHA, rotary, rotate
-from model import SEP, START, Config, Transformer, advance, evaluate, pi_score, positions, task_loss, unpadded
-from spl import SparseProtoLinear, goodness, jsd, mas_normalize, mas_reference, routing_loss, spl_reference
+from block import Block
+from dynsiha import DynSIHA, double_attention, rotary, rotate
+from model import (END, IGNORE, INVERSE, NL, SEP, START, Config, Sample, Transformer, advance, collate, decode_grid,
+                   encode_grid, encode_prompt, encode_views, evaluate, pair_tokens, pi_score, positions,
+                   sample_losses, task_loss, unpadded, view_grid)
+from spl import SparseProtoLinear, can_compile, mas_normalize, mas_reference, routing_loss, spl_reference
+from train_arc import InputError, Pair, Task, parse
 
-HERE = Path(__file__).parent
+HERE = Path(train_arc.__file__).parent
 ARC1, ARC2 = HERE / "data/arc-agi-1", HERE / "data/arc-agi-2"
-DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
-SHAPES = [(8,), (5, 8), (2, 3, 8)]
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +45,7 @@ def seed():
     torch.manual_seed(0)
 
 
+# ------------------------------------------------------------------------------------------ helpers
 def random_spl(D_in=8, D_out=12, dtype=torch.float64, device="cpu"):
     """An SPL with random gates and biases, so that every term of the formula matters."""
     layer = SparseProtoLinear(D_in, D_out)
@@ -51,690 +58,32 @@ def weights(layer):
     return layer.mu_weight, layer.mu_bias, layer.proto_weight, layer.gate_weight
 
 
-def matrices(module):
-    return sum(p.numel() for p in module.parameters() if p.ndim == 2)
-
-
-# ---------------------------------------------------------------------------------------------- spl.py
-@pytest.mark.parametrize("shape", SHAPES)
-def test_fused_spl_equals_the_literal_formula(shape):
-    layer, x = random_spl(), torch.randn(shape, dtype=torch.float64)
-    y, logits, mask = spl_reference(x, *weights(layer))
-    torch.testing.assert_close(layer(x), y)
-    torch.testing.assert_close(layer.route(x), (logits, mask))
-    assert layer(x).shape == shape[:-1] + (12,)
-
-
-def test_mas_and_its_gradient_equal_the_formula_through_autograd():
-    z = torch.randn(50, 9, dtype=torch.float64, requires_grad=True)
-    g = torch.randn(50, 9, dtype=torch.float64)
-    torch.testing.assert_close(mas_normalize(z), mas_reference(z))
-    ours, = torch.autograd.grad(mas_normalize(z), z, g)
-    theirs, = torch.autograd.grad(mas_reference(z), z, g)
-    torch.testing.assert_close(ours, theirs)
-
-
-def test_spl_passes_gradcheck():
-    layer, x = random_spl(4, 5), torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
-    names = [name for name, _ in layer.named_parameters()]
-
-    def run(x, *params):
-        return torch.func.functional_call(layer, dict(zip(names, params)), (x,))
-    assert torch.autograd.gradcheck(run, (x, *layer.parameters()))
-
-
-def test_every_parameter_learns_at_init_and_after_ten_steps(tmp_path):
-    """Within an epoch of ARC every row of every matrix gets a gradient, gate rows included: no neuron's cost is dead.
-
-    One batch is not enough: a gate is heard only where its neuron fires and pays, or has the highest cost of all.
-    """
-    _, run, _ = train_arc.parse(["--no-ffn", "--device", "cpu", "--data", str(ARC1), "--out", str(tmp_path)])
-    names, pairs, _ = train_arc.load_data(run, torch.device("cpu"))
-    model = Transformer(Config(n_task=len(names), d_model=64, n_head=1, n_layer=2, ffn_factor=0))
-    nn.init.normal_(model.head.weight, std=0.1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-
-    def backward(batch):
-        *inputs, targets = train_arc.collate(batch, torch.device("cpu"))
-        task_loss(model, *inputs, targets).backward()
-
-    stream = train_arc.batches(pairs, run)
-    for moment in ("at init", "after ten steps"):
-        model.zero_grad()
-        for _, batch in itertools.takewhile(lambda item: item[0] == 0, train_arc.batches(pairs, run)):
-            backward(batch)
-        for name, p in model.named_parameters():
-            dead = (p.grad.reshape(len(p), -1).abs().sum(1) == 0).nonzero().flatten().tolist()
-            assert dead == ([train_arc.END] if name == "token.weight" else []), f"{moment}: rows {dead} of {name}"
-        for _ in range(10):
-            model.zero_grad()
-            backward(next(stream)[1])
-            optimizer.step()
-
-
-def test_a_zero_gate_is_dead():
-    layer = SparseProtoLinear(8, 8)
-    nn.init.zeros_(layer.gate_weight)
-    layer(torch.randn(5, 8)).square().sum().backward()
-    assert layer.gate_weight.grad.abs().sum() == 0 and layer.proto_weight.grad.abs().sum() > 0
-
-
-def test_mas_lies_in_0_1_and_ignores_positive_scale():
-    z = torch.randn(100, 7, dtype=torch.float64)
-    m = mas_normalize(z)
-    assert m.min() == 0 and m.max() == 1
-    torch.testing.assert_close(mas_normalize(37.5 * z), m)
-    assert not torch.allclose(mas_normalize(-z), m)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_zero_rows_and_half_precision_stay_finite(device, dtype):
-    layer = random_spl(dtype=dtype, device=device)
-    nn.init.zeros_(layer.mu_bias)
-    x = torch.randn(6, 8, device=device, dtype=dtype)
-    x[::2] = 0
-    x.requires_grad_()
-    y = layer(x)
-    y.float().square().sum().backward()
-    assert y.dtype == dtype and y.isfinite().all() and not y[::2].any() and y[1::2].any()
-    assert x.grad.isfinite().all() and all(p.grad.isfinite().all() for p in layer.parameters())
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("compiled", [False, True])
-def test_spl_under_autocast_and_compile(device, compiled):
-    """Close to the literal formula, gradients too: a maximum compared with its own rounding gave NaN here."""
-    layer = random_spl(64, 64, torch.float32, device)
-    x = torch.randn(33, 64, device=device)
-    run = torch.compile(layer, fullgraph=True) if compiled else layer
-    g = torch.randn(33, 64, device=device)
-    exact = spl_reference(x, *weights(layer))[0]
-    expected = torch.autograd.grad(exact, layer.parameters(), g)
-    with torch.autocast(device, torch.bfloat16):
-        y = run(x)
-    y.backward(g.bfloat16())
-    assert y.dtype == torch.bfloat16 and (y - exact).norm() < 0.05 * exact.norm()
-    for (name, p), reference in zip(layer.named_parameters(), expected):
-        assert (p.grad - reference).norm() < 0.25 * reference.norm(), name    # without the maximum's share: about 1
-
-
-@pytest.mark.parametrize("shape", [(4,), (3, 4), (2, 0, 4)])
-def test_a_single_output_feature_is_on_or_off(shape):
-    layer = random_spl(4, 1)
-    x = torch.randn(shape, dtype=torch.float64)
-    assert layer(x).shape == shape[:-1] + (1,) and layer.route(x)[1].unique().tolist() in ([], [0], [1], [0, 1])
-
-
-def test_spl_is_homogeneous_only_without_bias_and_gate():
-    layer, x = random_spl(), torch.randn(20, 8, dtype=torch.float64)
-    assert not torch.allclose(layer(3 * x), 3 * layer(x))
-    nn.init.zeros_(layer.mu_bias)
-    assert not torch.allclose(layer(3 * x), 3 * layer(x))
-    nn.init.zeros_(layer.gate_weight)
-    torch.testing.assert_close(layer(3 * x), 3 * layer(x))
-
-
-def test_one_spl_output_computes_xor():
-    layer = SparseProtoLinear(2, 1)
-    for p, value in zip(weights(layer), ([[-1., -1.]], [2.], [[1., 1.]], [[0., 0.]])):
-        p.data = torch.tensor(value)
-    y = layer(torch.tensor([[0., 0.], [0., 1.], [1., 0.], [1., 1.]]))
-    assert y.flatten().tolist() == [0, 1, 1, 0]
-
-
-# ---------------------------------------------------------------------------------------------- spl.py: SARS
-def test_goodness_of_two_neurons():
-    """mas(e)·mas(r) = (1, .5)·(.25, 1) = (.25, .5), so worth (.5, 1) against costs (.5, 1)."""
-    worth = goodness(torch.tensor([2., 1.]), torch.tensor([1., 4.]), torch.tensor([1., 2.]), eps=0.1)
-    torch.testing.assert_close(worth, torch.tensor([0.5 / 0.6, 1 / 1.1]))
-
-
-def test_jsd_is_0_for_equal_ln_2_for_disjoint_symmetric_and_finite_at_zeros():
-    p, q = torch.rand(2, 5, 7, dtype=torch.float64).softmax(-1)
-    zeros, first, second = torch.tensor([[0., 0., 0.], [1., 0., 0.], [0., .5, .5]], dtype=torch.float64)
-    torch.testing.assert_close(jsd(p, p), torch.zeros(5, dtype=torch.float64))
-    torch.testing.assert_close(jsd(p, q), jsd(q, p))
-    assert (jsd(p, q) > 0).all() and abs(jsd(first, second) - math.log(2)) < 1e-12
-    assert abs(jsd(zeros, first) - math.log(2) / 2) < 1e-12 and jsd(zeros, zeros) == 0
-    for r in (zeros, first):
-        r.requires_grad_()
-        assert torch.autograd.grad(jsd(r, second), r)[0].isfinite().all()
-
-
-def routed(layer, x, real):
-    """The routing loss of `layer` after the backward pass of a task loss on its output."""
-    y = layer(x)
-    y.retain_grad()
-    (y * y.detach().cos() * real[..., None]).sum().backward()
-    return routing_loss(layer, x, y, real)
-
-
-def test_the_routing_loss_reaches_proto_and_gate_alone():
-    layer, x = random_spl(), torch.randn(3, 6, 8, dtype=torch.float64, requires_grad=True)
-    loss = routed(layer, x, torch.ones(3, 6))
-    layer.zero_grad()
-    x.grad = None
-    loss.backward()
-    assert 0 < loss < math.log(2) and x.grad is None
-    assert layer.mu_weight.grad is None and layer.mu_bias.grad is None
-    assert layer.proto_weight.grad.abs().sum() > 0 and layer.gate_weight.grad.abs().sum() > 0
-
-
-def test_padding_counts_in_no_part_of_the_routing_loss():
-    """Whatever stands in the padding, and whatever gradient, the loss is that of the tokens before it."""
-    layer, x = random_spl(), torch.randn(1, 6, 8, dtype=torch.float64)
-    alone = routed(layer, x[:, :4], torch.ones(1, 4))
-    layer.zero_grad()
-    real = torch.tensor([[1, 1, 1, 1, 0, 0]])
-    y = layer(x)
-    y.retain_grad()
-    (y * y.detach().cos() * real[..., None]).sum().backward()
-    y.grad[:, 4:] = 5
-    torch.testing.assert_close(routing_loss(layer, x, y, real), alone)
-
-
-def test_a_layer_whose_mask_is_zero_fails_and_gets_no_routing_gradient():
-    model = Transformer(Config(d_model=8, n_head=2, n_layer=1, ffn_factor=0)).double()
-    layer = model.blocks[0].attn.q
-    nn.init.zeros_(layer.proto_weight)
-    nn.init.zeros_(layer.gate_weight)
-    zero = torch.zeros(2, dtype=torch.long)
-    tokens = torch.randint(10, (2, 5))
-    found = evaluate(model, [(tokens, zero, zero, tokens)])
-    assert found["failed blocks.0.attn.q"] == 1 and found["active blocks.0.attn.q"] == 0
-    assert found["failed blocks.0.attn.k"] == 0 and found["failed"] == 0.25
-    loss = routed(layer, torch.randn(2, 5, 8, dtype=torch.float64), torch.ones(2, 5))
-    loss.backward()
-    assert loss == 0 and not layer.proto_weight.grad.any() and not layer.gate_weight.grad.any()
-
-
-@pytest.mark.parametrize("cut", ["routing_loss", "task_loss"])
-def test_sars_has_two_streams_that_do_not_mix(tmp_path, monkeypatch, cut):
-    """Without its own loss a stream's weights stand still, exactly, while the other loss moves the rest."""
-    real = getattr(train_arc, cut)
-    monkeypatch.setattr(train_arc, cut, lambda *arguments: 0 * real(*arguments))
-    monkeypatch.setattr(spl, "goodness", lambda e, r, k: torch.arange(1., len(e) + 1))     # one that needs no task loss
-    data, flags = one_task_set(tmp_path / "data"), [*FAST, "--sars", "--weight-decay", "0"]
-    start = train(data, tmp_path / "start", *flags, "--steps", "1", "--lr", "1e-7")
-    end = train(data, tmp_path / "end", *flags, "--steps", "5", "--lr", "1e-2")
-    for name in start:
-        routing = "proto" in name or "gate" in name
-        change = (start[name] - end[name]).abs().max()
-        assert change < 1e-5 if routing == (cut == "routing_loss") else change > 1e-3, name
-
-
-def test_sars_under_autocast_and_compile(tmp_path):
-    """The same losses compiled as eager; bfloat16 close to float32."""
-    data, logs = one_task_set(tmp_path / "data"), {}
-    for name, flags in (("eager", []), ("compiled", ["--compile"]), ("bfloat16", ["--dtype", "bfloat16"])):
-        train(data, tmp_path / name, *FAST, "--sars", "--steps", "6", "--lr", "1e-3", *flags)
-        logs[name] = np.genfromtxt(tmp_path / name / "log.csv", delimiter=",", names=True)
-    for name, rtol in (("compiled", 1e-3), ("bfloat16", 0.05)):
-        for column in ("loss", "route_loss", "active"):
-            np.testing.assert_allclose(logs["eager"][column], logs[name][column], rtol=rtol)
-
-
-# ---------------------------------------------------------------------------------------------- monitors
-def test_monitors_of_hand_made_tensors():
-    """Four scored tokens under known logits; a Q of two neurons of which the first, the second and none fires."""
-    assert abs(pi_score(0.6, 1.2, 0.3) - math.exp(-(0.5 * 0.6 / 1.2 + 0.5 * 0.3))) < 1e-12
-    model = Transformer(Config(d_model=2, n_head=1, n_layer=1, ffn_factor=0))
-    targets, zero = torch.tensor([[4, 4, -100, -100], [-100, 4, 5, -100]]), torch.zeros(2, dtype=torch.long)
-    assert unpadded(targets).tolist() == [[1, 1, 0, 0], [1, 1, 1, 0]]
-    logits = torch.zeros(2, 4, 14)
-    logits[..., 4] = 3.0
-    model.head.forward = lambda x: logits
-    inputs = torch.tensor([[1., -1.], [-1., 1.], [-1., -1.]])
-    model.blocks[0].attn_norm.forward = lambda x: inputs[torch.tensor([[0, 1, 2, 2], [2, 0, 1, 2]])]
-    q = model.blocks[0].attn.q
-    nn.init.eye_(q.proto_weight)                                   # the match is x itself, and nothing costs
-    nn.init.zeros_(q.gate_weight)
-    found, p = evaluate(model, [(targets.clamp(min=0), zero, zero, targets)]), logits[0, 0].softmax(-1)
-    assert found["tokens"] == 0.75 and found["grids"] == 0.5
-    assert abs(found["loss"] - (-3 * p[4].log() - p[5].log()).item() / 4) < 1e-6
-    assert abs(found["entropy"] + (p * p.log()).sum().item()) < 1e-6
-    assert found["active blocks.0.attn.q"] == pytest.approx(4 / 10)      # of five tokens times two neurons
-    assert found["failed blocks.0.attn.q"] == pytest.approx(1 / 5)
-
-
-# ---------------------------------------------------------------------------------------------- dynsiha.py
 def line(B, T, device="cpu"):
     """Positions 0..T-1 on one axis, (B, T, 1)."""
     return torch.arange(T, device=device).expand(B, T)[..., None]
 
 
-def test_dynsiha_equals_its_formula_head_by_head_and_token_by_token():
-    layer, x, H, h = DynSIHA(12, 3).double(), torch.randn(1, 5, 12, dtype=torch.float64), 3, 4
-    rope = rotary(line(1, 5), h)
-    q, k, v = (spl_reference(x[0], *weights(f))[0] for f in (layer.q, layer.k, layer.v))        # (T, D)
-    q, k = (rotate(z.view(5, H, h).transpose(0, 1)[None], *rope)[0].transpose(0, 1).reshape(5, 12) for z in (q, k))
-    y = torch.zeros(5, 12, dtype=torch.float64)
-    for head in range(H):
-        part = slice(head * h, (head + 1) * h)
-        for t in range(5):
-            scores = torch.stack([q[t, part] @ k[s, part] / math.sqrt(h) for s in range(t + 1)])
-            y[t, part] = scores.softmax(0) @ v[:t + 1, part]
-    torch.testing.assert_close(layer(x, rope)[0], spl_reference(y, *weights(layer.o))[0])
-
-
-def test_moie_is_two_spls_around_a_relu():
-    ffn, x = MoIE(8, 16).double(), torch.randn(7, 8, dtype=torch.float64)
-    hidden = spl_reference(x, *weights(ffn.up))[0].clamp(min=0)
-    torch.testing.assert_close(ffn(x), spl_reference(hidden, *weights(ffn.down))[0])
-
-
-@pytest.mark.parametrize("linear", [SparseProtoLinear, nn.Linear])
-def test_dynsiha_is_causal(linear):
-    layer, x = DynSIHA(16, 2, linear), torch.randn(2, 9, 16)
-    rope = rotary(line(2, 9), 8)
-    changed = x.clone()
-    changed[:, 5:] = torch.randn(2, 4, 16)
-    a, b = layer(x, rope), layer(changed, rope)
-    assert torch.equal(a[:, :5], b[:, :5]) and not torch.allclose(a[:, 5:], b[:, 5:])
-
-
-def test_rotary_scores_depend_on_position_differences_alone():
-    q, k, h = torch.randn(1, 1, 1, 24), torch.randn(1, 1, 1, 24), 24
-    pos_q, pos_k, shift = torch.tensor([[[3, 7, 0]]]), torch.tensor([[[1, 9, 1]]]), torch.tensor([[[5, 2, 1]]])
-
-    def score(a, b):
-        return (rotate(q, *rotary(a, h)) * rotate(k, *rotary(b, h))).sum()
-    torch.testing.assert_close(score(pos_q, pos_k), score(pos_q + shift, pos_k + shift))
-    for axis in range(3):
-        moved = pos_k.clone()
-        moved[..., axis] += 1
-        assert not torch.allclose(score(pos_q, pos_k), score(pos_q, moved)), f"axis {axis} does not count"
-
-
-def test_rotary_deals_channel_pairs_evenly():
-    for axis, share in enumerate((6, 5, 5)):                       # 16 pairs over three axes
-        pos = torch.zeros(1, 1, 3, dtype=torch.long)
-        pos[..., axis] = 1
-        assert (rotary(pos, 32)[1] != 0).sum() == share
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_cached_decoding_gives_the_full_forwards_tokens_and_logits(device):
-    """Prompts of different lengths, in one batch and alone, against the prefix computed anew for every token."""
-    model = Transformer(Config(n_task=3, d_model=32, n_head=2, n_layer=2)).to(device, torch.float64).eval()
+def small_model(**options):
+    """A Transformer that answers: its head is random, not the zeros that it starts with."""
+    model = Transformer(Config(**{"n_task": 3, "d_model": 16, "n_head": 2, "n_layer": 1} | options)).double()
     nn.init.normal_(model.head.weight)
-    lengths, new = torch.tensor([4, 9, 6], device=device), 70       # more columns than decoding reads at first
-    tokens = torch.randint(10, (3, 9), device=device)
-    tokens[:, 0] = START
-    task, view = torch.arange(3, device=device), torch.tensor([5, 0, 2], device=device)
-    out, logits = model.generate(tokens, lengths, task, view, new, -1, math.inf, return_logits=True)
-    for row in range(3):
-        sequence = tokens[row:row + 1, :lengths[row]]
-        for i in range(new):
-            full = model(sequence, task[row:row + 1], view[row:row + 1])[:, -1]
-            torch.testing.assert_close(logits[row, i], full[0])
-            assert full.argmax(-1) == out[row, i]
-            sequence = torch.cat((sequence, out[row, i].view(1, 1)), 1)
-
-
-def generated():
-    """A random model's answer to random prompts, as a function of the options of `generate`."""
-    model = Transformer(Config(d_model=16, n_head=2, n_layer=1)).eval()
-    nn.init.normal_(model.head.weight)
-    tokens, zero = torch.randint(10, (6, 5)), torch.zeros(6, dtype=torch.long)
-    return lambda **options: model.generate(tokens, zero + 5, zero, zero, 40, **options)
-
-
-def test_a_row_that_has_ended_stays_ended():
-    generate = generated()
-    free = generate(end=-1, limit=1000)
-    end = int(free[0, 2])
-    out = generate(end=end, limit=1000)
-    for row, reference in zip(out, free):
-        first = (reference == end).nonzero()[0].item() if (reference == end).any() else len(reference)
-        assert torch.equal(row[:first], reference[:first][:len(row)]) and (row[first:] == end).all()
-
-
-def test_a_row_that_leaves_the_30_by_30_format_ends():
-    """A model that repeats one colour makes one long row; it is cut where <nl> would be overdue."""
-    model = Transformer(Config(d_model=16, n_head=2, n_layer=1)).eval()
-    model.forward = lambda tokens, *_: F.one_hot(torch.full_like(tokens, 3), 14).float()
-    prompt = torch.tensor([train_arc.encode_prompt(np.ones((2, 2), np.uint8))])
-    zero = torch.zeros(1, dtype=torch.long)
-    assert model.generate(prompt, zero + 8, zero, zero, 900).tolist() == [[3] * 32]
-
-
-# ---------------------------------------------------------------------------------------------- block.py, model.py
-@pytest.mark.parametrize("D", [16, 48])
-def test_weights_12_D2_without_ffn_as_many_as_the_dense_control_and_6_f_D2_more_with(D):
-    plain, dense = Block(D, 2), Block(D, 2, 4 * D, dense=True)
-    assert matrices(plain) == matrices(dense) == 12 * D * D
-    assert not hasattr(plain, "ffn") and not hasattr(plain, "ffn_norm")
-    for f in (1, 2, 4):
-        assert matrices(Block(D, 2, f * D)) - matrices(plain) == matrices(MoIE(D, f * D)) == 6 * f * D * D
-
-
-# ---- claims of the design study, by count ----
-def flops(run, *inputs):
-    # the counter knows no CPU flash kernel, so the attention runs as plain products
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        run(*inputs)
-    return counter.get_total_flops()
-
-
-def test_routing_is_two_thirds_of_an_spl_so_skipping_masked_neurons_saves_at_most_half():
-    """Computing only a share s of the main path is 3/(2 + s) times cheaper: 1.5x where nothing at all fires."""
-    layer, x = SparseProtoLinear(64, 64), torch.randn(10, 64)
-    routing = torch.cat((layer.proto_weight, layer.gate_weight))
-    assert flops(layer, x) == 3 * flops(nn.Linear(64, 64), x) and flops(F.linear, x, routing) == 2 * flops(layer, x) / 3
-    for s in (0.25, 0.5):
-        sparse = flops(F.linear, x, routing) + flops(F.linear, x, layer.mu_weight[:int(64 * s)])
-        assert flops(layer, x) / sparse == 3 / (2 + s) < 1.5
-
-
-@pytest.mark.parametrize("f, share", [(1, 1 / 3), (2, 1 / 2), (4, 2 / 3)])
-def test_the_ffn_is_a_third_half_or_two_thirds_of_a_block_at_most(f, share):
-    """6f/(12 + 6f + 2T/D), of T = 0 the bound; so removing it cannot save an order of magnitude below f = 18."""
-    D, T = 32, 16
-    x, rope = torch.randn(1, T, D), rotary(line(1, T), D // 2)
-    alone, both = (flops(Block(D, 2, d_ffn), x, rope) for d_ffn in (0, f * D))
-    attention = 2 * 2 * T * T * D                                  # the counter sees no causal half
-    assert (both - alone) / (both - attention) == pytest.approx(share)
-    assert (both - alone) / both == pytest.approx(6 * f / (12 + 6 * f + 2 * T / D)) and both / alone < 1 + f / 2
-
-
-def test_relu_of_spl_is_not_a_two_layer_mlp_for_it_bends_between_its_corners():
-    """Along a line on which no neuron switches, a relu network is straight and an SPL is not: it is rational."""
-    layer, start, step = random_spl(6, 5), *torch.randn(2, 6, dtype=torch.float64)
-    path = start + 1e-3 * torch.arange(3)[:, None] * step
-    mlp = nn.Sequential(nn.Linear(6, 50), nn.ReLU(), nn.Linear(50, 5)).double()
-    bend = {name: (y[0] - 2 * y[1] + y[2]).abs().max() for name, y in (("mlp", mlp(path)), ("spl", layer(path)))}
-    assert torch.equal(layer.route(path)[1][0] > 0, layer.route(path)[1][2] > 0)
-    assert bend["mlp"] < 1e-12 and bend["spl"] > 1e-9
-
-
-def test_dynsiha_is_two_spls_deep_not_eight():
-    """Q, K and V read the same input, none another's output; only O comes after them."""
-    layer, x = DynSIHA(8, 2), torch.randn(1, 4, 8)
-    outputs = {}
-    for name in "qkvo":
-        getattr(layer, name).register_forward_hook(lambda m, i, y, name=name: outputs.update({name: y}))
-    layer(x, rotary(line(1, 4), 4))
-    reads = {(name, other) for name in "qkvo" for other in "qkvo" if name != other and torch.autograd.grad(
-        outputs[name].sum(), getattr(layer, other).mu_weight, retain_graph=True, allow_unused=True)[0] is not None}
-    assert reads == {("o", "q"), ("o", "k"), ("o", "v")}
-
-
-@pytest.mark.parametrize("config", [Config(ffn_factor=f) for f in (0, 1, 2)] + [Config(dense=True)])
-def test_model_flops_equal_torchs_counter(config):
-    model, B, T = Transformer(config), 3, 40
-    tokens, zero = torch.randint(14, (B, T)), torch.zeros(B, dtype=torch.long)
-    assert flops(model, tokens, zero, zero) == B * T * model.flops_per_token(T)
-
-
-def test_parameters_are_counted_without_embeddings():
-    model = Transformer(Config(n_task=1000, d_model=16, n_head=2, n_layer=3, ffn_factor=0))
-    vectors = 3 * (4 * 16 + 16) + 16                               # biases and norms
-    assert model.n_params() == 3 * 12 * 16 * 16 + 14 * 16 + vectors
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dense", [False, True])
-def test_blocks_compile_whole_and_not_anew_for_each_shape(device, dense):
-    model = Transformer(Config(d_model=32, n_head=2, n_layer=3, dense=dense)).to(device)
-    nn.init.normal_(model.head.weight)
-    inputs = []
-    for B, T in ((4, 20), (6, 31), (3, 44), (5, 17)):
-        tokens = torch.randint(14, (B, T), device=device)
-        zero = torch.zeros(B, dtype=torch.long, device=device)
-        inputs.append((tokens, zero, zero))
-    eager = [model(*i) for i in inputs]
-    torch._dynamo.reset()
-    for block in model.blocks:
-        block.compile(dynamic=True, fullgraph=True)
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for i, expected in zip(inputs, eager):
-            torch.testing.assert_close(model(*i), expected, rtol=1e-3, atol=1e-4)
-
-
-# ---------------------------------------------------------------------------------------------- train_arc.py: grids
-@pytest.fixture(scope="session")
-def arc1():
-    """(tasks, solutions) of ARC-1 by split."""
-    return {split: (tasks := train_arc.read_tasks(ARC1, split), train_arc.read_solutions(ARC1, split, tasks))
-            for split in ("training", "evaluation")}
-
-
-def all_grids(arc1):
-    for tasks, solutions in arc1.values():
-        for name, task in tasks.items():
-            yield from [grid for pair in task.train for grid in pair] + task.test + solutions[name]
-
-
-def test_arc1_is_read_whole(arc1):
-    (training, known), (evaluation, asked) = arc1["training"], arc1["evaluation"]
-    assert (len(training), len(evaluation)) == (400, 400)
-    assert (sum(map(len, known.values())), sum(map(len, asked.values()))) == (416, 419)
-    assert [sum(len(task.train) for task in tasks.values()) for tasks in (training, evaluation)] == [1302, 1363]
-
-
-def test_every_grid_of_arc1_survives_tokens_and_back(arc1):
-    for grid in all_grids(arc1):
-        assert np.array_equal(train_arc.decode_grid(train_arc.encode_grid(grid, train_arc.END)), grid)
-
-
-def test_every_view_is_undone_and_the_eight_differ():
-    grid = np.arange(6).reshape(2, 3)
-    views = [train_arc.view_grid(grid, v) for v in range(8)]
-    assert len({(v.shape, v.tobytes()) for v in views}) == 8
-    for v in range(8):
-        assert np.array_equal(train_arc.view_grid(views[v], train_arc.INVERSE[v]), grid)
-
-
-def test_colour_permutations_keep_0_the_grammar_and_the_fixed_and_round_trip():
-    free = np.zeros((500, 10), bool)
-    free[:, [1, 2, 5, 9]] = True
-    tables = train_arc.colour_permutations(free, np.random.default_rng(0))
-    fixed = [0, 3, 4, 6, 7, 8, 10, 11, 12, 13]
-    assert (tables[:, fixed] == fixed).all() and (np.sort(tables, 1) == np.arange(14)).all()
-    assert len({row.tobytes() for row in tables}) == 24                              # all 4! occur
-    tokens = np.arange(14)
-    assert (np.argsort(tables[7])[tables[7][tokens]] == tokens).all()
-
-
-def test_colours_that_only_outputs_show_stay():
-    task = train_arc.Task([(np.array([[0, 1]]), np.array([[2, 1]]))], [np.array([[3, 0]])])
-    assert train_arc.free_colours(task).tolist() == [False, True, False] + [True] * 7
-    assert not train_arc.free_colours(task, permute=False).any()
-
-
-@pytest.mark.parametrize("tokens", [
-    [], [1, 2, 11], [13], [11, 13], [1, 2, 13], [1, 11, 1, 2, 11, 13], [1, 2, 11, 1, 11, 13], [1, 10, 11, 13],
-    [1, 12, 11, 13], [1, 2, 11, 3, 13], [1] * 31 + [11, 13], [1, 11] * 31 + [13]])
-def test_output_that_is_no_grid_is_dropped(tokens):
-    assert train_arc.decode_grid(np.array(tokens, dtype=np.int64)) is None
-
-
-def test_positions_in_parallel_equal_positions_step_by_step():
-    x, y = np.ones((3, 2), np.uint8), np.ones((2, 4), np.uint8)
-    sequence = train_arc.encode_prompt(x) + train_arc.encode_grid(y, train_arc.END)
-    other = train_arc.encode_prompt(y) + train_arc.encode_grid(x, train_arc.END)
-    tokens = torch.from_numpy(np.stack((sequence, np.pad(other, (0, len(sequence) - len(other)))))).long()
-    whole = positions(tokens)
-    now = torch.zeros(2, 3, dtype=torch.long)
-    for t in range(tokens.shape[1]):
-        assert torch.equal(whole[:, t], now), f"token {t}"
-        now = advance(tokens[:, t], now)
-    anything = torch.randint(14, (50, 40))
-    anything[:, 0] = START
-    whole, now = positions(anything), torch.zeros(50, 3, dtype=torch.long)
-    for t in range(40):
-        assert torch.equal(whole[:, t], now)
-        now = advance(anything[:, t], now)
-
-
-def test_positions_count_rows_columns_and_roles():
-    x, y = np.ones((3, 2), np.uint8), np.ones((2, 4), np.uint8)
-    sequence = train_arc.encode_prompt(x) + train_arc.encode_grid(y, train_arc.END)
-    whole = positions(torch.tensor([sequence]))
-    assert whole[0, 1].tolist() == [0, 0, 0] and whole[0, 11].tolist() == [0, 0, 1]    # the first cells of both grids
-    assert whole[0, 10].tolist() == [3, 0, 0] and whole[0, -1].tolist() == [2, 0, 1]   # <sep>, <end>
-
-
-def tiny_pairs():
-    grids = [np.full((h, w), h, np.uint8) for h, w in ((1, 2), (3, 3), (2, 5), (4, 1))]
-    return [train_arc.Pair(n, np.arange(10) > 0, train_arc.in_views(x, x.T)) for n, x in enumerate(grids)]
-
-
-def test_labels_are_shifted_once_and_outputs_only():
-    """The target at t is token t + 1 of the output, <end> included; prompt and padding have none."""
-    same = np.arange(14, dtype=np.uint8)
-    samples = [train_arc.Sample(n, 0, same, *pair.views[0]) for n, pair in enumerate(tiny_pairs()[:2])]
-    tokens, task, view, targets = train_arc.collate(samples, torch.device("cpu"))
-    assert tokens[0, :9].tolist() == [10, 1, 1, 11, 12, 1, 11, 1, 11]
-    assert targets[0, :9].tolist() == [-100] * 4 + [1, 11, 1, 11, 13]
-    assert (targets[0, 9:] == -100).all() and task.tolist() == [0, 1] and view.tolist() == [0, 0]
-    scored = targets[1] != -100
-    assert torch.equal(targets[1, :-1][scored[:-1]], tokens[1, 1:][scored[:-1]]) and targets[1, -1] == train_arc.END
-    assert scored.sum() == 3 * 4 + 1
-
-
-def test_an_epoch_shows_each_pair_once_in_budgeted_batches():
-    for seed in range(20):
-        plan = train_arc.plan_epoch(tiny_pairs(), 40, np.random.default_rng(seed))
-        assert sorted(sample.task for batch in plan for sample in batch) == [0, 1, 2, 3]
-        for batch in plan:
-            tokens = train_arc.collate(batch, torch.device("cpu"))[0]
-            assert tokens.numel() <= 40 + tokens.shape[1]          # a lone last pair joins the batch before
-            assert len(batch) > 1 or len(plan) == 1 or tokens.shape[1] > 20
-
-
-def test_the_rate_rises_stays_and_falls_to_zero():
-    rates = [train_arc.rate(used, 0.1, 0.5) for used in (0, 0.05, 0.1, 0.5, 0.75, 1, 1.1)]
-    assert rates == [0, 0.5, 1, 1, 0.5, 0, 0] and train_arc.rate(0, 0, 0) == 1
-
-
-def test_an_epoch_of_arc_wastes_under_5_percent_on_padding():
-    _, run, _ = train_arc.parse(["--device", "cpu", "--data", str(ARC1)])
-    _, pairs, _ = train_arc.load_data(run, torch.device("cpu"))
-    plan = train_arc.plan_epoch(pairs, run.batch_tokens, np.random.default_rng(0))
-    lengths = [np.array([len(sample.prompt) + len(sample.answer) - 1 for sample in batch]) for batch in plan]
-    assert sum(length.sum() for length in lengths) > 0.95 * sum(len(length) * length.max() for length in lengths)
-
-
-def test_the_arms_of_a_comparison_see_the_same_data(tmp_path):
-    """Same seed: the same pairs, views and colours in the same order, with and without FFN, dense, and deeper."""
-    streams = []
-    for flags in (["--no-ffn"], ["--ffn"], ["--dense"], ["--no-ffn", "--n-layer", "6"]):
-        _, run, _ = train_arc.parse([*flags, "--device", "cpu", "--data", str(ARC1), "--seed", "3"])
-        _, pairs, _ = train_arc.load_data(run, torch.device("cpu"))
-        stream = itertools.islice(train_arc.batches(pairs, run), 300)
-        streams.append([[part.tobytes() for part in map(np.array, sample)] for _, batch in stream for sample in batch])
-    assert streams[0] == streams[1] == streams[2] == streams[3]
-
-
-# ---------------------------------------------------------------------------------------------- train_arc.py: scores
-A, B, C = [[1]], [[2, 2]], [[3], [3]]
-
-
-def test_the_likeliest_output_comes_first():
-    """Against every output by itself, read token by token, in every view."""
-    model = Transformer(Config(n_task=3, d_model=16, n_head=2, n_layer=1)).double().eval()
-    nn.init.normal_(model.head.weight)
-    prompts = np.arange(6).reshape(2, 3), np.array([[7], [1]])
-    questions = {n: train_arc.Pair(n + 1, np.arange(10) > 0, train_arc.in_views(x, train_arc.UNKNOWN))
-                 for n, x in enumerate(prompts)}
-    outputs = [tuple(map(tuple, np.random.default_rng(n).integers(10, size=(1 + n % 3, 2)))) for n in range(6)]
-
-    def log_probability(n, output):
-        total = 0
-        for v in range(8):
-            prompt = train_arc.encode_prompt(train_arc.view_grid(prompts[n], v))
-            answer = train_arc.encode_grid(train_arc.view_grid(np.array(output), v), train_arc.END)
-            logits = model(torch.tensor([prompt + answer]), torch.tensor([n + 1]), torch.tensor([v]))[0]
-            total += sum(logits[len(prompt) + t - 1].log_softmax(-1)[token] for t, token in enumerate(answer))
-        return total.item()
-    proposed = [(n, output) for output in outputs for n in (0, 1)]
-    run = train_arc.Run(device="cpu", max_tokens=40, batch_tokens=100)
-    found = train_arc.likeliest(model, questions, proposed, run)
-    for n in (0, 1):
-        order = sorted(outputs, key=lambda output: log_probability(n, output), reverse=True)
-        assert found[n] == [[list(row) for row in output] for output in order]
-    assert train_arc.likeliest(model, questions, [], run) == {0: [], 1: []}
-
-
-def test_the_two_likeliest_outputs_are_the_attempts(tmp_path, monkeypatch):
-    folder = one_task_set(tmp_path / "data")
-    run = train_arc.Run(device="cpu", data=str(folder), out=str(tmp_path))
-    monkeypatch.setattr(train_arc, "propose", lambda *_: [])
-    for outputs, expected in ([A, B, C], attempts(A, B)), ([B], attempts(B, [[0]])), ([], attempts([[0]], [[0]])):
-        monkeypatch.setattr(train_arc, "likeliest", lambda model, questions, *_: dict.fromkeys(questions, outputs))
-        train_arc.solve(run, nn.Identity(), list(train_arc.read_tasks(folder, "evaluation")))
-        submission = json.loads((tmp_path / "submission.json").read_text())
-        assert all(entry == expected for entries in submission.values() for entry in entries)
-
-
-def attempts(first, second):
-    return {"attempt_1": first, "attempt_2": second}
-
-
-def test_score_by_the_arc_prizes_rule():
-    """Task p: both outputs, one of them second; q: one of two; r: wrong; s: missing."""
-    outputs = {"p": [A, B], "q": [A, C], "r": [B], "s": [A]}
-    solutions = {name: [np.array(grid) for grid in grids] for name, grids in outputs.items()}
-    submission = {"p": [attempts(A, C), attempts(C, B)], "q": [attempts(A, A), attempts(A, B)],
-                  "r": [attempts([[2], [2]], A)]}
-    (pass1, pass2), solved = train_arc.score(submission, solutions)
-    assert (pass1, pass2, solved) == ((0.5 + 0.5) / 4, (1 + 0.5) / 4, 1)
-
-
-# ---------------------------------------------------------------------------------------------- train_arc.py: leaks
-def test_no_pair_to_train_on_is_an_evaluation_test_pair(arc1, tmp_path):
-    """Not even with --no-heldout, where training/40853293 is evaluation/070dd51e under another id."""
-    flags = ["--no-heldout", "--device", "cpu", "--max-tokens", "1863", "--batch-tokens", "2048", "--data", str(ARC1)]
-    _, run, _ = train_arc.parse(flags)
-    pairs = train_arc.load_data(run, torch.device("cpu"))[1]
-    seen = {tuple(np.concatenate(pair.views[0])) for pair in pairs}
-    tasks, solutions = arc1["evaluation"]
-    asked = [tuple(train_arc.encode_prompt(x) + train_arc.encode_grid(y, train_arc.END))
-             for name, task in tasks.items() for x, y in zip(task.test, solutions[name])]
-    assert len(seen) > 3000 and not seen & set(asked)
-
-
-def test_extra_tasks_never_leak_the_evaluation_split(arc1):
-    """ARC-1 lacks the ids of 233 + 114 tasks of ARC-2; one of these is its evaluation task under another id."""
-    training, evaluation = arc1["training"][0], arc1["evaluation"][0]
-    kept = [train_arc.without_leaks(train_arc.read_tasks(ARC2, split), evaluation, training)
-            for split in ("training", "evaluation")]
-    assert [len(k) for k in kept] == [233, 113] and "db695cfb" not in kept[1]
-
-    name, task = next(iter(evaluation.items()))
-    renamed = {"id": task, "shuffled": train_arc.Task(task.train[::-1], [np.zeros((1, 1), np.uint8)]),
-               "asked": train_arc.Task([(task.test[0], task.test[0])], task.test)}
-    assert name not in renamed and train_arc.without_leaks(renamed, evaluation, {}) == {}
-
-
-def test_repeat_shows_the_asked_tasks_more_often_and_no_other(tmp_path):
-    folder, shown = one_task_set(tmp_path), []
-    for repeat in (1, 3):
-        run = train_arc.Run(device="cpu", data=str(folder), repeat=repeat)
-        names, pairs, _ = train_arc.load_data(run, torch.device("cpu"))
-        shown.append(Counter(names[pair.task] for pair in pairs))
-    asked = train_arc.read_tasks(folder, "evaluation")
-    assert shown[1] == {name: n * (3 if name in asked else 1) for name, n in shown[0].items()} != shown[0]
+    return model
 
 
 def write_set(folder, tasks, poison=0, github=False):
     """tasks {split: {id: (train pairs, test pairs)}} on disk; poison is added to evaluation's test outputs."""
     for split, entries in tasks.items():
         challenges, solutions = {}, {}
-        for name, (train, test) in entries.items():
+        for name, (train_pairs, test_pairs) in entries.items():
             extra = poison if split == "evaluation" else 0
-            solutions[name] = [((np.array(y) + extra) % 10).tolist() for _, y in test]
-            challenges[name] = {"train": [{"input": x, "output": y} for x, y in train],
-                                "test": [{"input": x} for x, _ in test]}
+            solutions[name] = [((np.array(y) + extra) % 10).tolist() for _, y in test_pairs]
+            challenges[name] = {"train": [{"input": x, "output": y} for x, y in train_pairs],
+                                "test": [{"input": x} for x, _ in test_pairs]}
             if github:
                 (folder / split).mkdir(parents=True, exist_ok=True)
-                task = challenges[name] | {"name": name}
-                for pair, output in zip(task["test"], solutions[name]):
+                for pair, output in zip(challenges[name]["test"], solutions[name]):
                     pair["output"] = output
-                (folder / split / f"{name}.json").write_text(json.dumps(task))
+                (folder / split / f"{name}.json").write_text(json.dumps(challenges[name] | {"name": name}))
         if not github:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"arc-agi_{split}_challenges.json").write_text(json.dumps(challenges))
@@ -744,26 +93,28 @@ def write_set(folder, tasks, poison=0, github=False):
 
 def one_task_set(folder, **options):
     """Two tasks, turn and mirror; the evaluation task asks for one of its own demonstrations: memory is enough."""
-    rng = np.random.default_rng(0)
-    grids = rng.integers(0, 10, (8, 3, 3))
+    grids = np.random.default_rng(0).integers(0, 10, (8, 3, 3))
     mirror = [(g.tolist(), g[:, ::-1].tolist()) for g in grids[:4]]
     turn = [(g.tolist(), g.T.tolist()) for g in grids[4:]]
     tasks = {"training": {"turn": (turn[:3], turn[3:])}, "evaluation": {"mirror": (mirror, mirror[:1])}}
     return write_set(folder, tasks, **options)
 
 
-SMALL = ["--no-ffn", "--device", "cpu", "--d-model", "32", "--n-head", "2", "--n-layer", "2", "--batch-tokens", "512"]
-
-
-FAST = ["--device", "cpu", "--no-compile", "--no-score", "--log-every", "2"]
-
-
-# enough for answers of their own, on one_task_set
+# Flags of a tiny run; of one without answers; and of one that learns one_task_set well enough to answer.
+SMALL = ["--no-ffn", "--device", "cpu", "--d-model", "32", "--n-head", "2", "--n-layer", "2", "--batch-tokens", "512",
+         "--no-compile"]
+FAST = ["--no-score", "--steps", "12"]
 LEARNT = ["--steps", "200", "--lr", "1e-2", "--no-permute-colours", "--max-tokens", "40", "--batch-tokens", "128"]
 
 
-def train(data, out, *flags):
-    train_arc.main([*SMALL, "--data", str(data), "--out", str(out), *flags])
+def flags(*words):
+    """The flags of a run as the script parses them."""
+    return parse(["--device", "cpu", *map(str, words)])
+
+
+def train(data, out, *words):
+    """Runs the script in this process -> the weights that it saved."""
+    train_arc.main([*SMALL, "--data", str(data), "--out", str(out), *map(str, words)])
     return torch.load(Path(out) / "checkpoint.pt", weights_only=True)["model"]
 
 
@@ -771,429 +122,1014 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_answers_are_turned_and_coloured_back():
-    """A model that repeats its prompt's grid answers with the grid itself, in every view and colour table, so
-    that there is one output, once."""
-    model, asked = Transformer(Config(n_task=2)), Counter()
-
-    def repeat(tokens, lengths, task, view, most):
-        asked.update(zip(task.tolist(), view.tolist()))
-        return tokens[:, 1:].where(tokens[:, 1:] != SEP, train_arc.END)
-    model.generate = repeat
-    run = train_arc.Run(device="cpu", colour_votes=3, decode_tokens=300)
-    grids = [np.arange(6).reshape(2, 3), np.array([[7], [1]])]
-    free = np.arange(10) > 0
-    questions = {n: train_arc.Pair(n, free, train_arc.in_views(x, train_arc.UNKNOWN)) for n, x in enumerate(grids)}
-    assert train_arc.propose(model, questions, run) == [
-        (n, tuple(map(tuple, grid.tolist()))) for n, grid in enumerate(grids)]
-    assert asked == {(n, view): 3 for n in (0, 1) for view in range(8)}
-    asked.clear()
-    train_arc.propose(model, questions, train_arc.Run(device="cpu", permute_colours=False))     # the tables are one
-    assert asked == {(n, view): 1 for n in (0, 1) for view in range(8)}
+def read_log(out):
+    return np.genfromtxt(Path(out) / "log.csv", delimiter=",", names=True)
 
 
-def test_processes_share_the_jobs_and_each_gets_every_result_in_order(monkeypatch):
-    jobs, shares, parts = [31, 5, 17, 8, 26, 12, 9, 4], [], []
-
-    def square(part):
-        parts.append(part)
-        return [job ** 2 for job in part]
-    for rank in (1, 0):                                             # the last to run has what both found
-        monkeypatch.setattr(train_arc, "gather", lambda found, world: shares.append(found) or shares)
-        try:
-            results = train_arc.share_out(square, jobs, jobs, 40, "", rank, 2)
-        except KeyError:
-            assert rank == 1                                        # alone, it lacks the other's
-    assert results == [job ** 2 for job in jobs] and list(map(len, shares)) == [4, 4]
-    assert parts == [[31], [17], [5, 9], [26], [4, 8, 12]]          # the longest first, each within 40, padded
+def script(*words, launcher=(sys.executable, HERE / "train_arc.py"), **options):
+    """The script as a process of its own, its output in pipes."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([str(word) for word in (*launcher, *words)], **pipes | options)
 
 
-@pytest.mark.parametrize("decode_tokens", [1, 10**6])
-def test_an_answer_does_not_depend_on_the_prompts_beside_it(decode_tokens):
-    """An output of 12 tokens fits into 20 after a prompt of 2 cells and not after one of 8, in whatever batch."""
-    model, run = Transformer(Config(n_task=2)), train_arc.Run(device="cpu", max_tokens=20, decode_tokens=decode_tokens)
-    output = train_arc.encode_grid(np.ones((1, 10), np.uint8), train_arc.END)
-    model.generate = lambda tokens, lengths, task, view, most: torch.tensor([output[:most]] * len(tokens))
-    questions = {size: train_arc.Pair(0, np.arange(10) > 0, train_arc.in_views(
-        np.ones((1, size), np.uint8), train_arc.UNKNOWN)) for size in (2, 8)}
-    assert {size for size, _ in train_arc.propose(model, questions, run)} == {2}
+TORCHRUN = sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", HERE / "train_arc.py"
+
+
+# ------------------------------------------------------------------------------------------ spl
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("D_out", [12, 1])
+@pytest.mark.parametrize("shape", [(8,), (2, 3, 8), (2, 0, 8)])
+def test_fused_spl_equals_the_literal_formula(shape, D_out, bias):
+    layer, x = SparseProtoLinear(8, D_out, bias, "cpu", torch.float64), torch.randn(shape, dtype=torch.float64)
+    for p in layer.parameters():
+        nn.init.normal_(p)
+    mu_bias = layer.mu_bias if bias else torch.zeros(D_out)
+    y, logits, M = spl_reference(x, layer.mu_weight, mu_bias, layer.proto_weight, layer.gate_weight)
+    torch.testing.assert_close((layer(x), layer.route(x)), (y, (logits, M)))
+    layer(x).sum().backward()
+    assert y.shape == shape[:-1] + (D_out,) and all(p.grad.isfinite().all() for p in layer.parameters())
+
+
+def test_mas_ignores_scale_and_equals_the_formula_its_gradient_too():
+    z = torch.tensor([[2., 2., -2., 1.], [-3., -3., 1., 0.], [0.5, -1., 0.25, 0.]], requires_grad=True)
+    g = torch.randn(3, 4)
+    for mas in (mas_normalize, mas_reference):
+        assert mas(torch.tensor([2., -4., 1.])).tolist() == [0.5, 0, 0.25]
+    torch.testing.assert_close(mas_normalize(37.5 * z), mas_reference(z))
+    ours, theirs = (torch.autograd.grad(mas(z), z, g)[0] for mas in (mas_normalize, mas_reference))
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_zero_rows_and_half_precision_stay_finite(device, dtype):
+    layer, x = random_spl(dtype=dtype, device=device), torch.randn(6, 8, device=device, dtype=dtype)
+    nn.init.zeros_(layer.mu_bias)
+    x[::2] = 0
+    y = layer(x.requires_grad_())
+    y.float().square().sum().backward()
+    assert y.dtype == dtype and y.isfinite().all() and not y[::2].any() and y[1::2].any()
+    assert x.grad.isfinite().all() and all(p.grad.isfinite().all() for p in layer.parameters())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_compiled_spl_under_autocast_is_close_to_the_literal_formula_its_gradients_too(device):
+    """A maximum compared with its own rounding gave NaN here."""
+    layer, (x, g) = random_spl(64, 64, torch.float32, device), torch.randn(2, 33, 64, device=device)
+    exact = spl_reference(x, *weights(layer))[0]
+    expected = torch.autograd.grad(exact, layer.parameters(), g)
+    with torch.autocast(device, torch.bfloat16):
+        y = torch.compile(layer, fullgraph=True)(x)
+    y.backward(g.bfloat16())
+    assert y.dtype == torch.bfloat16 and (y - exact).norm() < 0.05 * exact.norm()
+    for (name, p), reference in zip(layer.named_parameters(), expected):
+        assert (p.grad - reference).norm() < 0.25 * reference.norm(), name  # without the maximum's share: about 1
+
+
+def test_an_spl_is_built_copied_and_exported_as_nn_linear_is():
+    layer, x = SparseProtoLinear(8, 4, dtype=torch.float64), torch.randn(2, 3, 8, dtype=torch.float64)
+    exported = torch.export.export(layer, (x,)).module()
+    torch.testing.assert_close((copy.deepcopy(layer)(x), exported(x)), (layer(x), layer(x)))
+    assert SparseProtoLinear(8, 4, device="meta")(x.to("meta").float()).shape == (2, 3, 4)
+    assert SparseProtoLinear(8, 4, bias=False).mu_bias is None
+
+
+@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("f", [mas_normalize, random_spl(4, 4)])
+def test_second_derivatives_are_refused_and_not_wrong(f, power):
+    def run(z):
+        return f(z).pow(power).sum()
+    for hessian in (torch.autograd.functional.hessian, lambda run, z: torch.func.jacrev(torch.func.jacrev(run))(z)):
+        with pytest.raises(NotImplementedError, match="first derivatives only"):
+            hessian(run, torch.randn(3, 4, dtype=torch.float64))
+
+
+def test_an_spl_passes_gradcheck_and_torch_func_differentiates_it_as_the_literal_formula():
+    layer, x = random_spl(4, 5), torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    params = dict(zip(("mu_weight", "mu_bias", "proto_weight", "gate_weight"), weights(layer)))
+
+    def fused(x, *values):
+        return torch.func.functional_call(layer, dict(zip(params, values)), (x,))
+    each = [torch.func.vmap(torch.func.jacrev(f, (0, 1, 2, 3, 4)), (0, None, None, None, None))(x, *weights(layer))
+            for f in (fused, lambda *values: spl_reference(*values)[0])]
+    torch.testing.assert_close(*each)
+    assert torch.autograd.gradcheck(fused, (x, *weights(layer)))
+
+
+def test_a_fresh_layer_fires_nearly_half_of_its_neurons_and_computes_at_twice_the_usual_scale():
+    layer, x = SparseProtoLinear(256, 256), torch.randn(500, 256)
+    fires = layer.route(x)[1] > 0
+    assert 0.43 < fires.float().mean() < 0.48 and (F.linear(x, layer.gate_weight)[fires] > 0).any()     # some pay
+    assert 1.9 < F.linear(x, layer.mu_weight, layer.mu_bias).std() < 2.1 and not layer.mu_bias.any()
+
+
+def test_every_row_of_every_matrix_of_a_fresh_model_learns_within_a_few_batches():
+    """One is not enough: a gate is heard only where its neuron fires and pays, or has the highest cost of all."""
+    model = small_model(n_task=400, d_model=32, n_layer=2)
+    for _ in range(10):
+        tokens, targets = torch.randint(14, (2, 40, 20))
+        task_loss(model, tokens, torch.randint(400, (40,)), torch.randint(8, (40,)), targets).backward()
+    assert all(p.grad.any(-1).all() for p in model.blocks.parameters())
+
+
+def test_the_routing_loss_equals_its_formula_and_reaches_proto_and_gate_alone():
+    """Two tokens are padding and count in nothing, whatever stands there; one of the others fires no neuron."""
+    layer, x, real = random_spl(4, 6), torch.randn(2, 5, 4, dtype=torch.float64), torch.ones(2, 5)
+    real[1, 3:], x[0, 0] = 0, 0
+    y = layer(x.requires_grad_())
+    y.retain_grad()
+    (y * y.detach().cos() * real[..., None]).sum().backward()              # so the gradient of y is its cosine
+    y.grad[1, 3:] = 5
+    tokens = torch.cat((x[0], x[1, :3])).detach()                          # the real ones: (8, 4)
+    Y_out, _, M = spl_reference(tokens, *weights(layer))
+    dY_comp = Y_out.cos() * M
+    k = (dY_comp.T @ tokens).norm(dim=1)
+    worth = Y_out.norm(dim=0) * dY_comp.norm(dim=0)
+    G = worth / worth.max() / (k / k.max() + 0.01)
+    p, q = M / M.sum(1, keepdim=True).clamp_min(1e-9), (G / G.sum()).expand_as(M)
+    divergence = sum(torch.xlogy(d, d / ((p + q) / 2)).sum(1) for d in (p, q)) / 2
+    loss = routing_loss(layer, x, y, real)
+    torch.testing.assert_close(loss.double(), divergence.mean(), rtol=1e-5, atol=0)
+    layer.zero_grad()
+    x.grad = None
+    loss.backward()
+    assert x.grad is layer.mu_weight.grad is layer.mu_bias.grad is None
+    assert all(p.grad.any() and p.grad.isfinite().all() for p in (layer.proto_weight, layer.gate_weight))
+
+
+def test_a_compiler_that_does_not_work_is_noticed_and_said_in_one_line(monkeypatch, capsys):
+    def broken(f):
+        raise RuntimeError("the backend raised:\nno C++ compiler")
+    monkeypatch.setattr(torch, "compile", broken)
+    assert not can_compile("cpu")
+    assert capsys.readouterr().out.endswith("the backend raised: no C++ compiler\n")
+
+
+# ------------------------------------------------------------------------------------------ dynsiha, block
+def test_dynsiha_and_its_double_attention_equal_the_formula_head_by_head_and_token_by_token():
+    layer, x, rope = DynSIHA(12, 3).double(), torch.randn(2, 5, 12, dtype=torch.float64), rotary(line(2, 5), 4)
+    spls = {name: spl_reference(x, *weights(getattr(layer, name))) for name in "qkv"}
+    q, k, v = (Y_out.view(2, 5, 3, 4).transpose(1, 2) for Y_out, _, _ in spls.values())      # (B, H, T, h)
+    q, k = rotate(q, *rope), rotate(k, *rope)
+    attended, y = torch.zeros(2, 3, 5, 5, dtype=x.dtype), torch.zeros_like(q)
+    for row, head, t in itertools.product(range(2), range(3), range(5)):
+        past = row, head, slice(t + 1)
+        attended[row, head, t, :t + 1] = (k[past] @ q[row, head, t] / math.sqrt(4)).softmax(0)
+        y[row, head, t] = attended[row, head, t, :t + 1] @ v[past]
+    spls["o"] = spl_reference(y.transpose(1, 2).reshape(2, 5, 12), *weights(layer.o))
+    masks = {name: M for name, (_, _, M) in spls.items()}
+    torch.testing.assert_close((layer(x, rope), double_attention(layer, x, rope)), (spls["o"][0], (masks, attended)))
+
+
+def test_the_model_is_causal():
+    model, tokens, zero = small_model(n_layer=2), torch.randint(14, (2, 9)), torch.zeros(2).long()
+    changed = torch.cat((tokens[:, :5], (tokens[:, 5:] + 1) % 14), dim=1)
+    a, b = (model(sequence, zero, zero) for sequence in (tokens, changed))
+    assert torch.equal(a[:, :5], b[:, :5]) and not torch.isclose(a[:, 5:], b[:, 5:]).all(-1).any()
+
+
+def test_rotary_deals_pairs_to_the_axes_in_turn_and_scores_feel_differences_of_position_alone():
+    """16 pairs over three axes: 6, 5 and 5, each axis with the frequencies 1 down to about 1/100."""
+    a, b, shift = torch.tensor([[[[1, 2, 3]]], [[[1, 9, 1]]], [[[5, 2, 1]]]])
+    cos, sin = rotary(a, 32)
+    angles = [(1, 2, 3)[pair % 3] / 100 ** (pair // 3 * 3 / 16) for pair in range(16)]
+    torch.testing.assert_close(torch.atan2(sin, cos).flatten(), torch.tensor(angles))
+    q, k = torch.randn(2, 1, 1, 1, 32)
+    there = (rotate(q, *rotary(a + shift, 32)) * rotate(k, *rotary(b + shift, 32))).sum()
+    torch.testing.assert_close((rotate(q, cos, sin) * rotate(k, *rotary(b, 32))).sum(), there)
+
+
+@pytest.mark.parametrize("f, dense", [(0, False), (2, False), (4, True)])
+def test_a_block_adds_attention_and_ffn_of_its_normalized_input(f, dense):
+    """The FFN is two SPLs around a relu, or the dense control's GELU network; without it nothing of it is built."""
+    block, x, rope = Block(8, 2, f, dense).double(), torch.randn(2, 5, 8, dtype=torch.float64), rotary(line(2, 5), 4)
+    for p in block.parameters():
+        nn.init.normal_(p)
+    y = x + block.attn(block.attn_norm(x), rope)
+    if dense:
+        hidden = block.ffn.up(block.ffn_norm(y))
+        y = y + block.ffn.down(hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2)
+    elif f:
+        y = y + block.ffn.down(block.ffn.up(block.ffn_norm(y)).clamp(min=0))
+    torch.testing.assert_close(block(x, rope), y)
+    assert hasattr(block, "ffn") == hasattr(block, "ffn_norm") == (f > 0)
+
+
+def test_a_block_has_12_D2_weights_which_decay_as_the_dense_control_and_6_f_D2_more_with_an_ffn():
+    def matrices(*options):
+        return sum(p.numel() for p in Block(*options).parameters() if p.ndim == 2) / options[0] ** 2
+    assert matrices(16, 2) == matrices(48, 2, 4, True) == 12
+    assert [matrices(16, 2, f) for f in (1, 2, 4)] == [18, 24, 36]
+    model = Transformer(Config(n_task=1000, d_model=16, n_head=2, n_layer=3, ffn_factor=0))
+    assert model.n_params() == 3 * (12 * 16 * 16 + 4 * 16 + 16) + 16 + 14 * 16         # biases and norms counted
+    decayed, others = model.parameter_groups(0.3)
+    assert sum(p.numel() for p in decayed["params"]) == 3 * 12 * 16 * 16 and others["weight_decay"] == 0
+
+
+def test_dropout_cuts_both_branches_in_training_alone():
+    block, x, rope = Block(16, 2, 4, dense=True, dropout=1.0), torch.randn(1, 5, 16), rotary(line(1, 5), 8)
+    assert torch.equal(block(x, rope), x) and not torch.equal(block.eval()(x, rope), x)
+
+
+# ------------------------------------------------------------------------------------------ model
+def test_every_training_grid_of_arc1_survives_tokens_and_back():
+    for task in train_arc.read_tasks(ARC1, "training", solved=True).values():
+        for grid in itertools.chain(*task.train, *task.test):
+            assert decode_grid(np.array([*encode_grid(grid), END, 5, END])) == grid.tolist()
+
+
+@pytest.mark.parametrize("tokens", [
+    [], [1, 2, 11], [13], [11, 13], [1, 11, 1, 2, 11, 13], [1, 2, 11, 1, 11, 13], [1, 10, 11, 13],
+    [1, 2, 11, 3, 13], [1, 11, 11, 13], [1] * 31 + [11, 13], [1, 11] * 31 + [13]])
+def test_output_that_is_no_grid_is_dropped(tokens):
+    assert decode_grid(np.array(tokens, dtype=np.int64)) is None
+
+
+def test_a_pair_is_encoded_in_eight_views_each_of_which_is_undone():
+    x, y = np.arange(6).reshape(2, 3), np.array([[7, 8]])
+    samples, turned = encode_views(5, x, y), [START, 2, 5, NL, 1, 4, NL, 0, 3, NL, SEP]
+    assert samples[1].tokens.tolist() == [*turned, 8, NL, 7, NL] and samples[1].n_prompt == 11
+    assert encode_views(5, x)[1].tokens.tolist() == turned and view_grid(x, 4).tolist() == x.T.tolist()
+    assert [sample[:2] for sample in samples] == [(5, view) for view in range(8)]
+    assert all(np.array_equal(view_grid(view_grid(x, view), INVERSE[view]), x) for view in range(8))
+    assert pair_tokens(x, y) == 16 == max(len(sample.tokens) for sample in samples) + 1
+
+
+def test_positions_in_parallel_equal_positions_step_by_step_and_by_hand():
+    hand = torch.tensor([[START, 5, 5, NL, 5, NL, SEP, 7, NL, END]])
+    rows, columns, roles = [0, 0, 0, 0, 1, 1, 2, 0, 0, 1], [0, 0, 1, 2, 0, 1, 0, 0, 1, 0], [0] * 7 + [1] * 3
+    assert positions(hand)[0].T.tolist() == [rows, columns, roles]
+    tokens, now = torch.randint(14, (50, 40)), torch.zeros(50, 3, dtype=torch.long)
+    tokens[:, 0] = START
+    for t, expected in enumerate(positions(tokens).unbind(1)):
+        assert torch.equal(now, expected), f"token {t}"
+        now = advance(tokens[:, t], now)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_labels_are_shifted_once_and_outputs_only(device):
+    """The target at t is token t + 1 of the output, <end> the last; prompt and padding have none."""
+    x, y, z = np.array([[1, 2]], np.uint8), np.array([[3], [4]], np.uint8), np.array([[7]], np.uint8)
+    tokens, task, view, targets = collate([encode_views(5, x, y)[0], encode_views(6, x, z)[2]], device)
+    assert tokens[:, :9].tolist() == [[START, 1, 2, NL, SEP, 3, NL, 4, NL], [START, 2, 1, NL, SEP, 7, NL, END, END]]
+    assert targets[:, :9].tolist() == [[IGNORE] * 4 + [3, NL, 4, NL, END], [IGNORE] * 4 + [7, NL, END] + [IGNORE] * 2]
+    assert task.tolist() == [5, 6] and view.tolist() == [0, 2] and tokens.shape == targets.shape
+    assert tokens.shape[1] == (16 if device == "cuda" else 9) and (targets[:, 9:] == IGNORE).all()
+
+
+def test_the_model_is_the_sum_of_its_embeddings_then_blocks_norm_and_head():
+    model, tokens = small_model(n_layer=2), torch.randint(14, (2, 6))
+    task, view, rope = torch.tensor([2, 1]), torch.tensor([3, 7]), rotary(positions(tokens), 8)
+    x = model.token.weight[tokens] + model.task.weight[task][:, None] + model.view.weight[view][:, None]
+    y = model.norm(model.blocks[1](model.blocks[0](x, rope), rope)) @ model.head.weight.T
+    torch.testing.assert_close(model(tokens, task, view), y)
+    assert not Transformer(model.config)(tokens, task, view).any()              # a fresh one predicts all alike
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype, base, error", [("float32", torch.float64, 1e-12), ("bfloat16", torch.float32, 0.05)])
+def test_cached_decoding_gives_the_full_forwards_tokens_and_logits(device, dtype, base, error):
+    """Prompts of different lengths in one batch; more columns than decoding reads at first."""
+    model, new = small_model(d_model=32, n_layer=2, dtype=dtype).to(device, base).eval(), 70
+    tokens, lengths = torch.randint(10, (3, 9), device=device), torch.tensor([4, 9, 6], device=device)
+    tokens[:, 0] = START
+    task, view = torch.arange(3, device=device), torch.tensor([5, 0, 2], device=device)
+    out, logits = model.generate(tokens, lengths, task, view, new, -1, math.inf, return_logits=True)
+    assert torch.equal(out, logits.argmax(-1)) and out.shape == (3, new)
+    for row, length in enumerate(lengths.tolist()):
+        sequence = torch.cat((tokens[row, :length], out[row]))[None]
+        full = model(sequence, task[row:row + 1], view[row:row + 1])[0, length - 1:-1]
+        assert (logits[row] - full).norm() < error * full.norm()
+
+
+@pytest.mark.parametrize("token", [3, NL])
+def test_a_row_that_leaves_the_30_by_30_format_ends_and_stays_ended(token):
+    """A model that repeats one token makes one long row, or one long column; the second prompt is in its grid."""
+    model, zero = Transformer(Config(d_model=16)).eval(), torch.zeros(2, dtype=torch.long)
+    model.head = nn.Linear(16, 14)
+    model.head.bias.data[token] = 100
+    prompts, lengths = torch.tensor([encode_prompt(np.ones((2, 2), int))] * 2), torch.tensor([8, 5])
+    assert model.generate(prompts, lengths, zero, zero, 900).tolist() == [[token] * 32, [token] * 31 + [END]]
+
+
+def test_losses_are_minus_log_the_probability_of_each_target_and_evaluating_drops_nothing_out():
+    model, task, view = small_model(dropout=0.5).eval(), torch.tensor([0, 2]), torch.tensor([1, 4])
+    batch = torch.randint(14, (2, 4)), task, view, torch.tensor([[IGNORE, 4, 11, 13], [IGNORE, 7, 13, IGNORE]])
+    logp = model(*batch[:3]).log_softmax(-1).float()
+    rows = torch.stack([-logp[0, 1, 4] - logp[0, 2, 11] - logp[0, 3, 13], -logp[1, 1, 7] - logp[1, 2, 13]])
+    torch.testing.assert_close((sample_losses(model, *batch), task_loss(model, *batch)), (rows, rows.sum()))
+    assert evaluate(model.train(), [batch])["loss"] == pytest.approx(rows.sum().item() / 5) and model.training
+
+
+def test_monitors_of_hand_made_tensors_are_means_over_all_batches():
+    """Three targets under known logits; a Q of which the first, second or no neuron fires; two unequal batches."""
+    model = Transformer(Config(d_model=2, n_head=1, n_layer=1, ffn_factor=0)).eval()
+    model.token.weight.data[:3] = torch.tensor([[1., -1.], [-1., 1.], [-1., -1.]])     # of unit root mean square
+    q, model.head = model.blocks[0].attn.q, nn.Linear(2, 14)
+    for p in (model.task.weight, model.view.weight, q.gate_weight, model.head.weight, model.head.bias):
+        nn.init.zeros_(p)
+    nn.init.eye_(q.proto_weight)                                   # Q's match is its input, and nothing costs
+    model.head.bias.data[4] = 3
+    tokens, zero = torch.tensor([[[0, 1, 2, 2]], [[2, 0, 1, 2]]]), torch.zeros(1, dtype=torch.long)
+    targets = torch.tensor([[[4, IGNORE, IGNORE, IGNORE]], [[IGNORE, 4, 5, IGNORE]]])
+    found = evaluate(model, [(tokens[i], zero, zero, targets[i]) for i in (0, 1)])
+    p = model.head.bias.softmax(0)
+    assert found["tokens"] == pytest.approx(2 / 3) and found["grids"] == 0.5
+    assert found["loss"] == pytest.approx((-2 * p[4].log() - p[5].log()).item() / 3)
+    assert found["entropy"] == pytest.approx(-(p * p.log()).sum().item())
+    assert found["active blocks.0.attn.q"] == pytest.approx(3 / 8)       # of four tokens times two neurons
+    assert found["failed blocks.0.attn.q"] == pytest.approx(1 / 4)
+    assert found["active"] == pytest.approx(np.mean([found[f"active blocks.0.attn.{part}"] for part in "qkvo"]))
+    assert pi_score(0.6, 1.2, 0.3) == pytest.approx(math.exp(-(0.5 * 0.6 / 1.2 + 0.5 * 0.3)))
+    assert not model.training and not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_blocks_as_the_script_compiles_them_have_the_same_gradients_and_are_not_compiled_anew_for_a_shape(device):
+    model = small_model(d_model=32, n_layer=2, ffn_factor=0).float().to(device)
+    pairs = [Pair([], encode_views(0, np.full((n, n + 2), n), np.full((n, n), 1))) for n in range(1, 7)]
+    groups = [collate([pair.views[0] for pair in pairs[i:j]], device) for i, j in ((0, 4), (3, 6), (2, 4))]
+
+    def gradients(batch):
+        model.zero_grad()
+        task_loss(model, *batch).backward()
+        return [p.grad.clone() for p in model.parameters()]
+    eager = [gradients(batch) for batch in groups]
+    torch._dynamo.reset()
+    train_arc.compile_blocks(flags("--no-ffn", "--device", device), model, pairs, 0, 1)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        torch.testing.assert_close([gradients(batch) for batch in groups], eager, rtol=1e-3, atol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------ the design study's claims
+def count_flops(run, *inputs):
+    # The counter knows no CPU flash kernel, so the attention runs as plain products.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        run(*inputs)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("f, dense", [(0, False), (2, False), (4, True)])
+def test_model_flops_equal_torchs_counter(f, dense):
+    model, tokens, zero = small_model(ffn_factor=f, dense=dense), torch.randint(14, (3, 40)), torch.zeros(3).long()
+    assert count_flops(model, tokens, zero, zero) == tokens.numel() * model.flops_per_token(40)
+
+
+def test_routing_is_two_thirds_of_an_spl_so_an_spl_without_its_main_path_would_be_1_5_times_as_fast():
+    layer, x = SparseProtoLinear(64, 64), torch.randn(10, 64)
+    whole = count_flops(layer, x)
+    assert whole == 3 * count_flops(nn.Linear(64, 64), x) == 1.5 * count_flops(layer.route, x)
+
+
+@pytest.mark.parametrize("f, share", [(1, 1 / 3), (2, 1 / 2), (4, 2 / 3)])
+def test_the_ffn_is_a_third_half_or_two_thirds_of_a_block_at_most(f, share):
+    """6f/(12 + 6f + 2T/D), of T = 0 the bound; so removing it cannot save an order of magnitude below f = 18."""
+    D, T = 32, 16
+    x, rope = torch.randn(1, T, D), rotary(line(1, T), D // 2)
+    alone, both = (count_flops(Block(D, 2, factor), x, rope) for factor in (0, f))
+    attention = 2 * 2 * T * T * D                                  # the counter sees no causal half
+    assert (both - alone) / (both - attention) == pytest.approx(share)
+    assert (both - alone) / both == pytest.approx(6 * f / (12 + 6 * f + 2 * T / D)) and both / alone < 1 + f / 2
+
+
+def test_dynsiha_is_two_spls_deep_not_eight():
+    model, zero = small_model(), torch.zeros(1, dtype=torch.long)
+    with model.watch() as seen:
+        model(torch.randint(14, (1, 4)), zero, zero)
+    q, k, v = (seen[f"blocks.0.attn.{name}"] for name in "qkv")
+    assert q[1] is k[1] is v[1]                    # they read the same input, none another's output
+
+
+def test_one_spl_output_computes_xor():
+    x, (gate, w) = torch.tensor([[0., 0.], [0., 1.], [1., 0.], [1., 1.]]), torch.tensor([[[0., 0.]], [[1., 1.]]])
+    assert spl_reference(x, -w, torch.tensor([2.]), w, gate)[0].flatten().tolist() == [0, 1, 1, 0]
+
+
+def test_relu_of_spl_is_not_a_relu_mlp_for_it_bends_between_its_corners():
+    """Along a line on which no neuron switches, a relu network is straight and relu(SPL) is not: it is rational."""
+    layer, mlp = random_spl(6, 5), nn.Sequential(nn.Linear(6, 50), nn.ReLU(), nn.Linear(50, 5)).double()
+    start, step = torch.randn(2, 200, 1, 6, dtype=torch.float64)
+    path = start + 1e-3 * torch.arange(3)[:, None] * step                              # 200 lines of three points
+    (logits, M), cost = layer.route(path), path @ layer.gate_weight.T
+    peaks = [z.abs() == z.abs().amax(-1, keepdim=True) for z in (logits, cost)]
+    switches = {layer: torch.cat((M > 0, cost > 0, *peaks), -1), mlp: mlp[0](path) > 0}
+    bends = []
+    for f, on in switches.items():
+        y = f(path[(on == on[:, :1]).flatten(1).all(1)]).relu()                        # where nothing switches
+        bends.append((y[:, 0] - 2 * y[:, 1] + y[:, 2]).abs()[(y > 0).all(1)])          # and the relu is on
+    assert min(map(len, bends)) > 100 and bends[0].median() > 1e-8 and bends[1].max() < 1e-13
+
+
+# ------------------------------------------------------------------------------------------ data: sets, leaks
+TASK = '{"train": [{"input": [[1]], "output": [[2]]}], "test": [{"input": [[3]]}]}'
+
+
+def made(*numbers):
+    """A different pair for each number below 100."""
+    return [([[n // 10, n % 10]], [[n % 10], [n // 10]]) for n in numbers]
+
+
+def put(text, folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+def spelled(sample):
+    """The (input, output) that the tokens of a Sample spell, turned back, as lists."""
+    parts = sample.tokens[1:sample.n_prompt - 1], sample.tokens[sample.n_prompt:]
+    return tuple(view_grid(np.array(decode_grid([*part, END])), INVERSE[sample.view]).tolist() for part in parts)
+
+
+def test_every_layout_reads_the_same(tmp_path):
+    """Kaggle's files, GitHub's folders, and a folder of folders of task files, as ConceptARC has them."""
+    tasks = {"training": {"a": (made(1, 2), made(3))}, "evaluation": {"b": (made(4, 5), made(6, 7))}}
+    kaggle, github = write_set(tmp_path / "kaggle", tasks), write_set(tmp_path / "github", tasks, github=True)
+    shutil.copytree(github / "evaluation", tmp_path / "plain/concept")
+    for folder, solved in itertools.product((kaggle, github, tmp_path / "plain"), (False, True)):
+        (name, task), = train_arc.read_tasks(folder, "evaluation", solved).items()
+        pairs = [[(x.tolist(), None if y is None else y.tolist()) for x, y in part] for part in task]
+        assert (name, *pairs) == ("b", made(4, 5), made(6, 7) if solved else [(x, None) for x, _ in made(6, 7)])
+    assert train_arc.read_tasks(tmp_path / "plain", "training") == {}
+
+
+def test_stray_files_are_skipped_and_links_and_upper_case_read_in_the_order_of_names(tmp_path):
+    """The order of the file system would make a copy of the data another run."""
+    numbers = [str(n) for n in np.random.default_rng(0).permutation(range(10, 40))]
+    put("{}", tmp_path, "other/z.json", "data/B.JSON", "data/a.json", *(f"data/{n}/deep/{n}.json" for n in numbers))
+    put("no task", tmp_path / "data", "._x.json", "__MACOSX/x.json", "10/.ipynb_checkpoints/10.json", "notes.txt")
+    (tmp_path / "data/link").symlink_to(tmp_path / "other")
+    assert list(train_arc.read_raw(tmp_path / "data", "evaluation")) == ["B", "a", *sorted(numbers), "z"]
+
+
+@pytest.mark.parametrize("part, instead, fault", [
+    *((TASK, text, "not JSON") for text in ("{", "\xff", "[" * 10**5)), (TASK, "[]", "a list, not an object"),
+    ('{"input": [[3]]}', "4", "task t: 'int'"), ('{"input": [[3]]}', "", "task t: 1 train pairs and 0 tests"),
+    ('{"input": [[1]], "output": [[2]]}', "", "task t: 0 train pairs and 1 tests; expected one or more"),
+    *((word, "other", f"task t: no '{word}'") for word in ("train", "test", "input", "output")),
+    *(("[[3]]", grid, f"task t: {grid[:40]} is no grid; expected 1 to 30 rows of one width") for grid in
+      ("[]", "[[]]", "[[1], [1, 2]]", "[[1], 2]", "3", r'"a\nb"', str([[1]] * 31), str([[1] * 31]))),
+    *(("[[3]]", f"[[1, {cell}]]", f"task t: a cell is {cell}; expected an integer from 0 to 9")
+      for cell in ("10", "-1", "1.0", "true", "null", "[1]"))], ids=lambda value: value[:20])
+def test_bad_tasks_are_named_in_one_line(tmp_path, part, instead, fault):
+    (file := tmp_path / "t.json").write_bytes(TASK.replace(part, instead, 1).encode("latin-1"))
+    with pytest.raises(InputError, match=re.escape(f"{file}: {fault}")) as e:
+        train_arc.read_tasks(tmp_path, "evaluation")
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("files, words, fault", [
+    ((), (), "--data .*: no arc-agi_evaluation_challenges.json and no task"),
+    (("t.json", "a/t.json"), (), "a/t.json: task t is in .*/t.json, too"),
+    (("data/training/t.json",), (), "its tasks are in .*/data; name that"),
+    (("evaluation/t.json",), ("--max-tokens", 5), "no pair of at most 5 tokens; raise --max-tokens"),
+    (("evaluation/t.json",), ("--extra", HERE / "data/none"), "--extra .*none: no tasks there")])
+def test_bad_sets_are_named(tmp_path, files, words, fault):
+    put(TASK, tmp_path, *files)
+    with pytest.raises(InputError, match=fault):
+        train_arc.load_data(flags("--data", tmp_path, *words))
 
 
 @pytest.mark.parametrize("github", [False, True])
-def test_evaluation_solutions_never_reach_training(tmp_path, github):
-    """With every evaluation solution poisoned, training is bit-identical, and so is the submission."""
-    clean = train(one_task_set(tmp_path / "clean", github=github), tmp_path / "a", *LEARNT)
-    poisoned = train(one_task_set(tmp_path / "poisoned", poison=3, github=github), tmp_path / "b", *LEARNT)
-    assert equal(clean, poisoned)
+def test_outputs_that_are_asked_for_and_unused_files_are_not_opened(tmp_path, capsys, github):
+    """A fault in them does not disturb loading, and is found as soon as they are read."""
+    put("not even JSON", folder := one_task_set(tmp_path, github=github), "arc-agi_sample.json")
+    file = folder / ("evaluation/mirror.json" if github else "arc-agi_evaluation_solutions.json")
+    file.write_text(re.sub(r"\d(\D*)$", r"10\1", file.read_text()))     # the last number: a cell of an asked output
+    assert train_arc.load_data(flags("--data", folder))[0] == ["turn", "mirror"]
+    assert capsys.readouterr().out == f"{folder / 'arc-agi_sample.json'} is not used\n"
+    with pytest.raises(InputError, match=re.escape(f"{file}: task mirror: a cell is 10")):
+        train_arc.read_tasks(folder, "evaluation", solved=True)
+
+
+def test_nothing_to_train_on_is_an_evaluation_test_pair():
+    """Not even with --no-heldout, where training/40853293 is evaluation/070dd51e under another id, and with ARC-2,
+    which has 346 tasks that ARC-1 lacks."""
+    words = "--no-heldout", "--max-tokens", 1863, "--batch-tokens", 1863, "--extra", ARC2
+    names, pairs, _ = train_arc.load_data(flags("--data", ARC1, *words))
+    evaluation = train_arc.read_tasks(ARC1, "evaluation", solved=True)
+    trained = [(names[pair.views[0].task], *spelled(pair.views[0])) for pair in pairs]
+    asked = [(x.tolist(), y.tolist()) for task in evaluation.values() for x, y in task.test]
+    assert len(names) == 800 + 346 and len(asked) == 419
+    assert not {str((x, y)) for _, x, y in trained} & {str(pair) for pair in asked}
+    assert not {str(x) for name, x, _ in trained if name not in evaluation} & {str(x) for x, _ in asked}
+
+
+def test_tasks_that_leak_an_asked_one_are_dropped(tmp_path):
+    write_set(tmp_path, {"evaluation": {"asked": (made(1, 2), made(3))}, "training": {
+        "asked": (made(5), made(6)), "renamed": (made(2, 1), made(6)), "test input": (made(5), made(3)),
+        "demonstrated": (made(5, 3), made(6)), "shares a pair": (made(1), made(6)),
+        "of another shape": ([([[0], [3]], [[1]])], made(6))}})
+    others, asked = (train_arc.read_tasks(tmp_path, split, solved=True) for split in ("training", "evaluation"))
+    assert list(train_arc.without_leaks(others, asked)) == ["shares a pair", "of another shape"]
+
+
+@pytest.mark.parametrize("words", [[], ["--no-heldout"]])
+def test_what_is_trained_on_and_what_is_held_out(tmp_path, words):
+    """`leaky` loses the pair that shows an asked input, and its tests. `both` is an asked task, whose outputs the
+    training file knows, as Kaggle's test file repeats some. `long` is too long, as are two pairs of `fine`."""
+    both, long = (made(21, 22), made(23)), [([[1] * 9], [[1] * 30])]
+    data = write_set(tmp_path / "data", {
+        "test": {"both": both, "asked": (made(7, 2), made(2))},
+        "training": {"leaky": (made(1, 2, 3), made(4)), "both": both, "long": (long, made(12)),
+                     "fine": (made(5) + long, made(6) + long)}})
+    extra = write_set(tmp_path / "extra", {"training": {"fine": (made(8), made(9)), "c": (made(10), made(11))},
+                                           "evaluation": {"d": (made(13), made(14)), "e": (made(2, 15), made(16))}})
+    put("not read", extra, "arc-agi_training_solutions.json")
+    names, pairs, heldout = train_arc.load_data(flags(
+        "--data", data, "--split", "test", "--repeat", 2, "--max-tokens", 30, "--extra", extra, *words))
+    shown = {"leaky": [1, 3], "both": [21, 22] * 2, "fine": [5], "asked": [7, 2] * 2, "c": [10], "d": [13]}
+    trained = [(name, *made(n)[0]) for name in shown for n in shown[name]]
+    fine = [("fine", *made(6)[0])]
+    for view in range(8):
+        samples = [pair.views[view] for pair in pairs]
+        assert [(names[sample.task], *spelled(sample)) for sample in samples] == trained + (fine if words else [])
+    assert [(names[sample.task], *spelled(sample)) for sample in heldout] == ([] if words else fine)
+    assert names == [*shown] and {sample.view for sample in heldout} <= {0}     # unturned, and in true colours
+
+
+# ------------------------------------------------------------------------------------------ batches: colours, epochs
+def test_black_and_the_colours_that_only_outputs_show_stay():
+    """'Mark with red' would contradict itself; a colour that a test input shows is free, and so are unused ones."""
+    task = Task([(np.array([[0, 1]]), np.array([[2, 1, 3]]))], [(np.array([[3, 0]]), None)])
+    assert train_arc.free_colours(task, flags()) == [1, 3, 4, 5, 6, 7, 8, 9]
+    assert train_arc.free_colours(task, flags("--no-permute-colours")) == []
+
+
+def test_parts_are_of_similar_lengths_and_as_many_as_the_budget_holds_when_padded():
+    assert train_arc.split_by_budget([5, 1, 4, 2, 9, 2, 3, 7], 8) == [[1, 3, 5], [6, 2], [0], [7], [4]]
+
+
+def epochs(pairs, n, budget, seed=0, world=1):
+    """The batches of the first n epochs, a list for each."""
+    stream = train_arc.batches(pairs, Namespace(seed=seed, batch_tokens=budget), world)
+    plan = itertools.groupby(stream, lambda item: item[0])
+    return [[batch for _, batch in epoch] for _, epoch in itertools.islice(plan, n)]
+
+
+@pytest.mark.parametrize("world, n", [(1, 4), (2, 5), (3, 5)])
+def test_an_epoch_shows_each_pair_once_in_any_view_and_colouring_and_its_batches_suffice(world, n):
+    """Each process gets a sample, the longest is never alone, and targets follow the recoloured output."""
+    sides = [(1, 2), (3, 3), (2, 4), (4, 1), (3, 3)][:n]
+    grids = [np.arange(1, 1 + h * w).reshape(h, w) for h, w in sides]   # no two cells of a grid are alike
+    pairs = [Pair([*range(1, 10)] if i < 3 else [], encode_views(i, x, x[::-1])) for i, x in enumerate(grids)]
+    budget, seen = world * len(pairs[1].views[0].tokens), []
+    for batch in itertools.chain(*(plan := epochs(pairs, 200, budget, world=world))):
+        tokens, task, _, targets = collate(batch, "cpu")
+        assert len(batch) >= (max(2, world) if 1 in task else world)
+        assert (len(batch) - max(1, world - 1)) * tokens.shape[1] <= budget     # the last few join those before
+        for row, sample in enumerate(batch):
+            start, end = sample.n_prompt, len(sample.tokens)
+            assert targets[row, start - 1:end].tolist() == [*tokens[row, start:end].tolist(), END]
+            true, shown = (np.ravel(sum(spelled(it), [])) for it in (pairs[sample.task].views[0], sample))
+            assert len(set(zip(true, shown))) == len(set(true)) == len(set(shown)) and 0 not in shown
+            seen.append((sample.task, sample.view, *shown))
+    assert all(sorted(sample.task for batch in epoch for sample in batch) == [*range(n)] for epoch in plan)
+    assert min(Counter(view for i, view, *_ in seen if i == 1)[view] for view in range(8)) > 8
+    colourings = [len({tuple(shown) for i, _, *shown in seen if i == task}) for task in (1, 3)]
+    assert colourings[0] > 190 and colourings[1] == 1                   # the colours of the last are not free
+
+
+def test_the_stream_follows_from_the_seed_and_the_epoch():
+    """Partners and the order of batches are drawn anew for each epoch; the same seed gives the same tokens."""
+    grids = [np.ones((n % 3 + 1, n % 3 + 1), int) for n in range(36)]           # square: as long in every view
+    pairs = [Pair([*range(1, 10)], encode_views(n, x, x)) for n, x in enumerate(grids)]
+    first, again, other = (epochs(pairs, 2, 52, seed) for seed in (0, 0, 1))
+    assert str(first) == str(again)
+    partners = [{frozenset(sample.task for sample in batch) for batch in plan} for plan in first + other]
+    lengths = [[len(batch[0].tokens) for batch in plan] for plan in first + other]
+    for i, j in itertools.combinations(range(4), 2):
+        assert len(partners[i] & partners[j]) < 4 and lengths[i] != lengths[j] and lengths[i] != sorted(lengths[i])
+
+
+# ------------------------------------------------------------------------------------------ answers: decoded, scored
+TWO = [[0, 1, 2], [3, 4, 5]], [[7], [1], [8]]
+FILLER, A, B, C = [[0]], [[1]], [[2, 2]], [[3]]
+
+
+class Echo(Transformer):
+    """Answers a prompt with its own grid, for at most `most` prompts at once; notes (task, view, tokens of the
+    grid) of each in `asked`, and in `modes` whether it was training when it was called."""
+
+    def __init__(self, most=10**9):
+        super().__init__(Config(n_task=4, d_model=16, n_head=2, n_layer=1))
+        self.most, self.asked, self.modes = most, [], set()
+        self.register_forward_pre_hook(lambda model, _: model.modes.add(model.training))
+
+    def generate(self, tokens, lengths, task, view, longest):
+        if len(tokens) > self.most:
+            raise torch.OutOfMemoryError("out of memory")
+        self.modes.add(self.training)
+        grids = [tuple(row[1:n - 1]) for row, n in zip(tokens.tolist(), lengths)]
+        self.asked += zip(task.tolist(), view.tolist(), grids)
+        return F.pad(tokens[:, 1:].masked_fill(tokens[:, 1:] == SEP, END), (0, 1), value=END)[:, :longest]
+
+
+def questions_of(*grids, free=range(1, 10)):
+    return {n: Pair([*free], encode_views(n, np.array(x))) for n, x in enumerate(grids)}
+
+
+@pytest.mark.parametrize("free, tables, most", [(range(1, 10), 3, 48), (range(1, 10), 3, 5), ((), 1, 1)])
+def test_answers_are_turned_and_coloured_back_from_8_views_in_each_colouring(free, tables, most):
+    """Out of memory halves the batch and loses none. No question's colours depend on the others: two processes,
+    each with every second question, answer as one does."""
+    model, alone, questions, c = Echo(most), Echo(), questions_of(*TWO, free=free), flags("--colour-votes", 3)
+    assert train_arc.propose(model, questions, c, 0) == {0: [TWO[0]], 1: [TWO[1]]}
+    assert Counter(asked[:2] for asked in model.asked) == {(n, view): tables for n in (0, 1) for view in range(8)}
+    true = {(n, v, tuple(encode_grid(view_grid(np.array(TWO[n]), v)))) for n in (0, 1) for v in range(8)}
+    assert true <= set(model.asked) and len(set(model.asked)) == 16 * tables
+    assert train_arc.propose(alone, {1: questions[1]}, c, 0) == {1: [TWO[1]]}
+    assert sorted(alone.asked) == sorted(asked for asked in model.asked if asked[0] == 1)
+    with pytest.raises(torch.OutOfMemoryError):
+        train_arc.propose(Echo(most=0), questions, c, 0)
+
+
+@pytest.mark.parametrize("budget", [1, 10**6])
+def test_an_answer_does_not_depend_on_the_prompts_beside_it(monkeypatch, budget):
+    """An output of 12 tokens fits into 20 after a prompt of 2 cells and not after one of 8, in whatever batch."""
+    model, output = Echo(), torch.tensor([*encode_grid(np.ones((1, 10), int)), END])
+    model.generate = lambda tokens, lengths, task, view, longest: output[:longest].expand(len(tokens), -1)
+    monkeypatch.setattr(train_arc, "decode_tokens", lambda model: budget)
+    found = train_arc.propose(model, questions_of([[1, 1]], [[1] * 8], free=()), flags("--max-tokens", 20), 0)
+    assert sorted(found[0]) == [[[1]] * 10, [[1] * 10]] and found[1] == []
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_likeliest_output_comes_first(monkeypatch, device):
+    """By the mean over 8 views of its log-probability, read token by token, each output by itself."""
+    monkeypatch.setattr(train_arc, "RANK_TOKENS", 100)                  # several batches
+    model, rng = small_model().to(device), np.random.default_rng(0)
+    for table in (model.token, model.task, model.view):
+        nn.init.normal_(table.weight)                                   # so that task and view matter
+    outputs = [rng.integers(10, size=(1, 2)).tolist() for _ in range(4)] + [[[1], [2]]]
+
+    def log_probability(n, output, view):
+        prompt = encode_prompt(view_grid(np.array(TWO[n]), view))
+        answer = [*encode_grid(view_grid(np.array(output), view)), END]
+        inputs = (torch.tensor(part, device=device) for part in ([prompt + answer], [n], [view]))
+        logp = model(*inputs)[0].log_softmax(-1)
+        return sum(logp[len(prompt) + t - 1, token].item() for t, token in enumerate(answer))
+    with torch.inference_mode():
+        found = train_arc.rank_outputs(model, questions_of(*TWO, [[1]]), {0: outputs, 1: outputs, 2: []}, 0)
+        for n in (0, 1):
+            mean = [np.mean([log_probability(n, output, view) for view in range(8)]) for output in outputs]
+            assert found[n] == [outputs[i] for i in np.argsort(mean)[::-1]]
+    assert found[2] == []
+
+
+def test_the_two_likeliest_outputs_are_submitted_and_scored_and_fillers_submitted_alone(tmp_path):
+    """The score is the mean over a task's known outputs, then over the tasks that have one, tried or not."""
+    outputs = {"first": [A], "second": [A], "third": [A], "half": [A, A], "unknown": [A, None], "black": [FILLER],
+               "one": [FILLER], "none": [FILLER], "untried": [FILLER], "not asked": [None]}
+    tasks = {name: Task([], [(None, y and np.array(y)) for y in grids]) for name, grids in outputs.items()}
+    answers = {("first", 0): [A], ("second", 0): [B, A], ("third", 0): [B, C, A], ("half", 1): [A],
+               ("unknown", 0): [A], ("black", 0): [FILLER], ("one", 0): [B], ("none", 0): []}
+    assert train_arc.score(answers, tasks) == {
+        "pass@1": pytest.approx(3.5 / 9), "pass@2": pytest.approx(4.5 / 9), "solved": 4, "tasks": 9}
+    assert train_arc.score({}, {"not asked": tasks["not asked"]}) == {}
+    train_arc.write_submission(tmp_path / "submission.json", tasks, answers)
+    submission = json.loads((tmp_path / "submission.json").read_text())
+    assert submission.keys() == tasks.keys() and submission["third"] == [{"attempt_1": B, "attempt_2": C}]
+    assert submission["half"] == [{"attempt_1": FILLER, "attempt_2": FILLER}, {"attempt_1": A, "attempt_2": FILLER}]
+
+
+@pytest.mark.parametrize("output, words, tasks, said", [
+    ("[[[4, 3]]]", [], 3, "pass@2 33.33%"), *((none, [], 2, "pass@2 50.00%") for none in ("[[]]", "[null]", "null")),
+    ("[[[10]]]", [], 2, "cannot be scored: .*solutions.json: task wrong: a cell is 10;"),
+    ("[[[4, 3]], [[4, 3]]]", [], 2, "cannot be scored: .*solutions.json: task wrong: 2 outputs for 1 test inputs"),
+    ("[[[4, 3]]]", ["--split", "test"], 0, "test: no solutions in .*, so the submission cannot be scored here")])
+def test_untried_tasks_are_wrong_and_unknown_outputs_do_not_count(tmp_path, capsys, output, words, tasks, said):
+    """A model that repeats its input is right about one task and wrong about one; a third is too long for it."""
+    entries = {"right": (made(5), [([[1, 2]], [[1, 2]])]), "wrong": (made(6), [([[3, 4]], [[4, 3]])]),
+               "long": (made(7), [([[1] * 30], A)])}
+    write_set(tmp_path, {"training": {"x": (made(1), made(2))}, "evaluation": entries, "test": entries})
+    (tmp_path / "arc-agi_test_solutions.json").unlink()
+    file, model = tmp_path / "arc-agi_evaluation_solutions.json", Echo()
+    file.write_text(file.read_text().replace("[[[4, 3]]]", output))
+    c = flags("--data", tmp_path, "--max-tokens", 30, "--show", 2, "--no-permute-colours", *words)
+    c.out = tmp_path
+    result, shown = train_arc.solve(c, model, ["x", *entries]), capsys.readouterr().out
+    scores = {"pass@1": 1 / tasks, "pass@2": 1 / tasks, "solved": 1, "tasks": tasks} if tasks else {}
+    assert result == scores | {"tried": 2} and model.modes == {False}   # no dropout
+    assert Counter(asked[:2] for asked in model.asked) == {(n, view): 1 for n in (1, 2) for view in range(8)}
+    submission = json.loads((tmp_path / "submission.json").read_text())
+    assert [submission[name][0]["attempt_1"] for name in entries] == [[[1, 2]], [[3, 4]], FILLER]
+    assert "right test 0: input\n1 2\nattempt 1\n1 2\noutput\n" in shown and "wrong test 0: input" in shown
+    assert re.search(said, shown) and ("cannot be scored" in shown) == ("cannot be scored" in said)
+
+
+# ------------------------------------------------------------------------------------------ runs: training
+def literal_run(data, clip, *words):
+    """The weights of a run, the (loss, gradient norm) of each step, and its last look at the held-out pairs."""
+    c = flags(*SMALL, "--data", data, *words)
+    names, pairs, heldout = train_arc.load_data(c)
+    torch.manual_seed(c.seed)
+    model = Transformer(Config(n_task=len(names), d_model=32, n_head=2, n_layer=2, ffn_factor=0, dropout=c.dropout))
+    optimizer, history = torch.optim.AdamW(model.parameter_groups(0.1), betas=(0.9, 0.95), fused=True), []
+    routing = [p for name, p in model.named_parameters() if c.sars and ("proto" in name or "gate" in name)]
+    task = [p for p in model.parameters() if id(p) not in map(id, routing)]
+    for step, (_, batch) in zip(range(c.steps), train_arc.batches(pairs, c)):
+        torch.manual_seed((c.seed << 32) + step)
+        *inputs, targets = collate(batch, "cpu")
+        with model.watch() as seen:
+            loss = task_loss(model, *inputs, targets) / (targets != IGNORE).sum()
+        loss.backward()
+        if c.sars:
+            route_loss = sum(routing_loss(*layer, unpadded(targets)) for layer in seen.values()) / len(seen)
+            for p, gradient in zip(routing, torch.autograd.grad(route_loss, routing)):
+                p.grad = gradient
+        for stream in (routing, task):
+            norm = nn.utils.clip_grad_norm_(stream, clip)
+        for group in optimizer.param_groups:
+            group["lr"] = c.lr * min(step / c.steps / 0.2, 1, (1 - step / c.steps) / 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        history.append((loss.item(), norm.item()))
+    return model.state_dict(), history, evaluate(model, [collate(heldout, "cpu")])
+
+
+@pytest.mark.parametrize("word", ["--no-ffn", "--sars"])
+def test_a_run_equals_a_loop_written_out(tmp_path, monkeypatch, word):
+    """Here compiling changes no function; the warm-up that it brings must leave no trace."""
+    monkeypatch.setattr(torch, "compile", lambda f, **_: f)
+    monkeypatch.setattr(train_arc, "LOG_EVERY", 1)
+    monkeypatch.setattr(train_arc, "WARMUP", 0.2)
+    monkeypatch.setattr(train_arc, "CLIP", 0.02)            # below the routing loss's small gradients, too
+    data, small = one_task_set(tmp_path / "data"), ["--batch-tokens", "30", "--max-tokens", "30", "--compile"]
+    words = [*FAST, *small, "--dropout", "0.1", "--lr", "2e-2", "--seed", "3", word]
+    saved, (expected, history, found) = train(data, tmp_path / "out", *words), literal_run(data, 0.02, *words)
+    log = read_log(tmp_path / "out")
+    assert equal(saved, expected) and list(zip(log["loss"], log["grad_norm"])) == history
+    for name in ("loss", "grids", "active"):
+        assert log[f"heldout_{name}"][-1] == pytest.approx(found[name])
+
+
+def test_the_arms_of_a_comparison_train_on_the_same_batches(tmp_path, monkeypatch):
+    given, data = [], one_task_set(tmp_path / "data")
+    monkeypatch.setattr(train_arc, "collate", lambda samples, device: given[-1].append(
+        [(s.task, s.view, s.tokens.tobytes()) for s in samples]) or collate(samples, device))
+    for n, arm in enumerate(([], ["--ffn-factor", "1"], ["--dense", "--ffn-factor", "4"], ["--n-layer", "3"])):
+        given.append([])
+        train(data, tmp_path / str(n), *FAST, *arm)
+    assert len(given[0]) == 1 + 12 and given[0] == given[1] == given[2] == given[3]         # 1 is held out
+
+
+@pytest.mark.parametrize("github, word", [(False, "--no-heldout"), (True, "--heldout")])
+def test_evaluation_solutions_reach_neither_training_nor_answers(tmp_path, github, word):
+    """With every evaluation solution poisoned, weights, monitors and submission are the same to the bit."""
+    words = [*LEARNT, "--steps", "100", word]
+    clean = train(one_task_set(tmp_path / "clean", github=github), tmp_path / "a", *words)
+    poisoned = train(one_task_set(tmp_path / "poisoned", poison=3, github=github), tmp_path / "b", *words)
+    a, b = read_log(tmp_path / "a"), read_log(tmp_path / "b")
+    assert equal(clean, poisoned) and all(np.array_equal(a[name], b[name], True) for name in a.dtype.names[7:])
     a, b = (json.loads((tmp_path / run / "submission.json").read_text()) for run in "ab")
-    assert a == b and a["mirror"][0]["attempt_1"] != [[0]]          # an answer, not the filler
+    assert a == b and a["mirror"][0]["attempt_1"] != [[0]]              # an answer, not the filler
 
 
-def test_same_seed_same_weights_other_seed_others(tmp_path):
-    data = one_task_set(tmp_path / "data")
-    flags = "--steps", "12", "--no-score", "--dropout", "0.1", "--seed"
-    runs = [train(data, tmp_path / f"{i}", *flags, seed) for i, seed in enumerate("112")]
-    assert equal(runs[0], runs[1]) and not equal(runs[0], runs[2])
+def signal_in_step(monkeypatch, step, number=signal.SIGINT):
+    """The signal comes while the loss of this step is computed; later runs are left alone."""
+    steps = itertools.count(1)
 
-
-@pytest.mark.parametrize("number, at", [(signal.SIGINT, 9), (signal.SIGTERM, 1)])
-def test_a_resumed_run_ends_with_the_same_weights(tmp_path, monkeypatch, number, at):
-    """Stopped by Ctrl-C or SIGTERM after 9 or 1 of 25 steps and resumed: bit-identical, no step twice in the log."""
-    data = one_task_set(tmp_path / "data")
-    flags = *FAST, "--steps", "25", "--dropout", "0.1"
-    whole, real = train(data, tmp_path / "whole", *flags), train_arc.task_loss
-    calls = []
-
-    def interrupted(*arguments):
-        calls.append(1)
-        if len(calls) == at:
+    def interrupted(*inputs):
+        if next(steps) == step:
             signal.raise_signal(number)
-        return real(*arguments)
+        return task_loss(*inputs)
     monkeypatch.setattr(train_arc, "task_loss", interrupted)
-    stopped = train(data, tmp_path / "stopped", *flags)
-    with pytest.raises(train_arc.DataError, match="is not empty; .* --resume"):
-        train_arc.main([*SMALL, "--data", str(data), "--out", str(tmp_path / "stopped")])
-    assert len(calls) == at and not equal(whole, stopped)
-    train_arc.main(["--resume", str(tmp_path / "stopped")])
-    assert equal(whole, torch.load(tmp_path / "stopped/checkpoint.pt", weights_only=True)["model"])
-    steps = [line.split(",")[0] for line in (tmp_path / "stopped/log.csv").read_text().splitlines()]
-    assert steps == ["step"] + [str(step) for step in (*range(2, 25, 2), 25)]
 
 
-def script(*words, launcher=(sys.executable,), **options):
-    command = [*launcher, HERE / "train_arc.py", *words]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(list(map(str, command)), **pipes, **options)
+def saved_step(out):
+    return torch.load(out / "checkpoint.pt", weights_only=True)["step"]
 
 
-def test_runs_killed_at_random_moments_end_with_the_same_weights(tmp_path):
-    """kill -9 while a checkpoint is written at every second step, resumed until done, against a run left alone."""
-    data, flags = one_task_set(tmp_path / "data"), [*FAST, "--steps", "400", "--save-minutes", "0", "--dropout", "0.1"]
-    whole, out = train(data, tmp_path / "whole", *flags), tmp_path / "killed"
-    rng, kills = np.random.default_rng(0), 0
-    run = script(*SMALL, *flags, "--data", data, "--out", out)
-    while not (out / "result.json").exists():
-        while run.poll() is None and not (out / "log.csv").exists():
-            time.sleep(0.01)
-        time.sleep(rng.uniform(0, 0.4))
-        if kills < 4:
-            run.kill()
-            kills += 1
-        run.communicate()
-        if not (out / "result.json").exists():
-            run = script("--resume", out)
-            time.sleep(3)
-    assert kills > 1 and equal(whole, torch.load(out / "checkpoint.pt", weights_only=True)["model"])
-    steps = [line.split(",")[0] for line in (out / "log.csv").read_text().splitlines()]
-    assert steps == ["step"] + [str(step) for step in range(2, 401, 2)]
+def resume(out, *words):
+    """Goes on with a run -> the weights at its end."""
+    train_arc.main(["--resume", str(out), *map(str, words)])
+    return torch.load(out / "checkpoint.pt", weights_only=True)["model"]
 
 
-TORCHRUN = sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"
+@pytest.mark.parametrize("number, at", [(signal.SIGINT, 9), (signal.SIGTERM, 1), (signal.SIGHUP, 4)])
+def test_a_stopped_run_goes_on_to_the_same_weights_and_with_nothing_else(tmp_path, monkeypatch, number, at):
+    monkeypatch.setattr(train_arc, "LOG_EVERY", 5)
+    data, out, words = one_task_set(tmp_path / "data"), tmp_path / "stopped", [*FAST, "--dropout", "0.1"]
+    whole, handler = train(data, tmp_path / "whole", *words), signal.getsignal(number)
+    signal_in_step(monkeypatch, at, number)
+    assert train_arc.main([*SMALL, *words, "--data", str(data), "--out", str(out)]) == 130
+    assert saved_step(out) == at and not (out / "result.json").exists() and signal.getsignal(number) == handler
+    for word, value, fault in (("--repeat", 2, "other pairs than those"), ("--d-model", 16, "has d_model 32"),
+                               ("--out", tmp_path / "other", "a run stays in its folder")):
+        with pytest.raises(InputError, match=fault):
+            resume(out, word, value)
+    assert equal(resume(out, "--data", data.rename(tmp_path / "moved")), whole)
+    assert read_log(out)["step"].tolist() == sorted({5, 10, 12, at})        # each once, the last as well
 
 
-def test_two_processes_train_as_one_on_the_same_global_batch(tmp_path):
-    """gloo on the CPU: loss, gradient norm and held-out loss at every step, to rounding; one process writes."""
-    flags = [*FAST, "--steps", "20"]
-    train(ARC1, tmp_path / "one", *flags)
-    run = script(*SMALL, *flags, "--data", ARC1, "--out", tmp_path / "two", launcher=TORCHRUN)
-    output, error = run.communicate()
-    assert run.returncode == 0, error
-    assert output.count("held-out: loss") == 1
-    one, two = (np.genfromtxt(tmp_path / name / "log.csv", delimiter=",", names=True) for name in ("one", "two"))
-    for column in ("step", "loss", "grad_norm", "heldout_loss"):
-        np.testing.assert_allclose(one[column], two[column], rtol=1e-3)
+def test_the_result_is_on_disk_before_the_answers_and_not_while_the_run_goes_on(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    monkeypatch.setattr(train_arc, "solve", lambda *_: train_arc.refuse("no answers today"))
+    with pytest.raises(InputError, match="no answers today"):
+        train(one_task_set(tmp_path / "data"), out, "--steps", 12)
+    assert json.loads((out / "result.json").read_text())["steps"] == 12
+    signal_in_step(monkeypatch, 2)
+    resume(out, "--steps", 16, "--no-score")
+    assert saved_step(out) == 14 and not (out / "result.json").exists()
 
 
-def test_two_processes_answer_as_one(tmp_path):
-    train(one_task_set(tmp_path / "data"), tmp_path / "one", *LEARNT)
-    run = script("--eval", tmp_path / "one/checkpoint.pt", "--out", tmp_path / "two", launcher=TORCHRUN)
+@pytest.mark.parametrize("n", [1, 6])
+def test_a_checkpoint_that_cannot_be_replaced_leaves_the_one_before(tmp_path, monkeypatch, n):
+    """The run goes on from there, whatever a power cut has left of the log."""
+    data, out, real, writes = one_task_set(tmp_path / "data"), tmp_path / "out", os.replace, itertools.count()
+
+    def replace(source, target):
+        if target.suffix == ".pt" and next(writes) == n:
+            raise OSError("the disk is gone")
+        real(source, target)
+    monkeypatch.setattr(train_arc, "SAVE_MINUTES", 0)
+    monkeypatch.setattr(train_arc.os, "replace", replace)
+    with pytest.raises(InputError, match="checkpoint.pt: cannot be written: the disk is gone"):
+        train(data, out, *FAST)
+    assert saved_step(out) == n - 1 and not list(out.glob("*.tmp"))
+    (out / "log.csv").write_bytes(b"step,epoch\n2,0\n99,1" + bytes(50))
+    assert equal(resume(out), train(data, tmp_path / "whole", *FAST)) and read_log(out)["step"] == 12
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(tmp_path):
+    data, out, words = one_task_set(tmp_path / "data"), tmp_path / "killed", ["--no-score", "--steps", "150"]
+    code = "import sys, train_arc; train_arc.SAVE_MINUTES, train_arc.LOG_EVERY = 0, 2; train_arc.main(sys.argv[1:])"
+    run = script(*SMALL, *words, "--data", data, "--out", out, launcher=(sys.executable, "-c", code), cwd=HERE)
+    while run.poll() is None and not (out / "log.csv").exists():
+        time.sleep(0.01)
+    time.sleep(0.2)
+    run.kill()
+    assert run.wait() == -signal.SIGKILL and 0 < saved_step(out) < 150
+    assert equal(resume(out), train(data, tmp_path / "whole", *words))
+
+
+@pytest.mark.parametrize("log_every, save_minutes, noticed, kept", [(3, 5, 9, 0), (1000, 0, 7, 6)])
+def test_a_loss_that_is_not_finite_is_never_saved(tmp_path, monkeypatch, log_every, save_minutes, noticed, kept):
+    """From step 7 on; noticed where a log or a checkpoint is due, the one without the other."""
+    factors = itertools.chain([1] * 6, itertools.repeat(math.nan))
+    monkeypatch.setattr(train_arc, "LOG_EVERY", log_every)
+    monkeypatch.setattr(train_arc, "SAVE_MINUTES", save_minutes)
+    monkeypatch.setattr(train_arc, "task_loss", lambda *inputs: task_loss(*inputs) * next(factors))
+    with pytest.raises(InputError, match=rf"^step {noticed}: loss nan, gradient norm nan, .*checkpoint is kept$"):
+        train(one_task_set(tmp_path / "data"), tmp_path / "out", *FAST)
+    assert saved_step(tmp_path / "out") == kept
+
+
+# ------------------------------------------------------------------------------------------ runs: checkpoints, faults
+@pytest.fixture(scope="module")
+def learnt(tmp_path_factory):
+    """(data, finished run) of a model that knows its task, named as the demo's, by heart: two questions."""
+    mirror = [(g.tolist(), g[:, ::-1].tolist()) for g in np.random.default_rng(0).integers(0, 10, (4, 3, 3))]
+    tasks = {"training": {}, "evaluation": {"0d3d703e": (mirror, mirror[:2])}}
+    data, out = write_set(tmp_path_factory.mktemp("data"), tasks), tmp_path_factory.mktemp("runs") / "learnt"
+    train(data, out, *LEARNT, "--steps", "500")
+    return data, out
+
+
+def test_a_model_that_overfits_one_task_answers_exactly_and_again_with_one_process_or_two(learnt, tmp_path):
+    data, out = learnt
+    words = ["--eval", str(out / "checkpoint.pt"), "--out"]
+    train_arc.main([*words, str(tmp_path / "one")])
+    run = script(*words, tmp_path / "two", launcher=TORCHRUN)
     _, error = run.communicate()
     assert run.returncode == 0, error
-    one, two = ((tmp_path / name / "submission.json").read_text() for name in ("one", "two"))
-    assert one == two and json.loads(one)["mirror"][0]["attempt_2"] != [[0]]
+    solution = json.loads((data / "arc-agi_evaluation_solutions.json").read_text())["0d3d703e"]
+    for folder in (out, tmp_path / "one", tmp_path / "two"):
+        submission, result = (json.loads((folder / file).read_text()) for file in ("submission.json", "result.json"))
+        assert [entry["attempt_1"] for entry in submission["0d3d703e"]] == solution
+        assert result["pass@1"] == result["solved"] == 1 and result["tried"] == 2
+        assert (folder / "submission.json").read_bytes() == (out / "submission.json").read_bytes()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="names of threads")
-def test_the_process_group_takes_its_threads_with_it():
-    """One still there when Python ends can abort the process, the finished run and all."""
-    code = """if True:
-        import os, train_arc
-        train_arc.dist.init_process_group("gloo", store=train_arc.dist.HashStore(), rank=0, world_size=1)
-        train_arc.torch.compiler.set_stance("default")      # loads what would hold the group
-        threads = lambda: sum("gloo" in open(f"/proc/self/task/{t}/comm").read() for t in os.listdir("/proc/self/task"))
-        print(threads())
-        train_arc.dist.destroy_process_group()
-        print(threads())"""
-    before, after = subprocess.check_output([sys.executable, "-c", code], cwd=HERE, text=True).split()
-    assert int(before) > 0 == int(after)
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
-    real, calls = train_arc.task_loss, []
-
-    def broken(*arguments):
-        calls.append(1)
-        return real(*arguments) * (math.nan if len(calls) > 12 else 1)
-    monkeypatch.setattr(train_arc, "task_loss", broken)
-    with pytest.raises(train_arc.DataError, match=r"step 14: loss nan, gradient norm nan, learning rate 0.00"):
-        train(one_task_set(tmp_path / "data"), tmp_path / "out", *FAST, "--steps", "50", "--save-minutes", "0")
-    state = torch.load(tmp_path / "out/checkpoint.pt", weights_only=True)
-    assert state["step"] == 12 and all(p.isfinite().all() for p in state["model"].values())
-
-
-def test_a_full_disk_or_a_folder_that_cannot_be_is_one_line_and_earlier_files_stay(tmp_path):
-    data, out = one_task_set(tmp_path / "data"), tmp_path / "out"
-    train(data, out, *FAST, "--steps", "10")
-    before = {file.name: file.read_bytes() for file in out.iterdir()}
-
-    def full():                                         # no file may grow beyond 20 kB, as on a full disk
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
-    for words, options in ((["--resume", out], {"preexec_fn": full}),
-                           ([*SMALL, *FAST, "--data", data, "--out", out / "config.json/x"], {})):
-        run = script(*words, **options)
-        _, error = run.communicate()
-        assert run.returncode == 2 and error.splitlines()[-1].startswith("error: ") and "Traceback" not in error
-        assert {file.name: file.read_bytes() for file in out.iterdir()} == before
-
-
-def test_a_saved_model_is_scored_and_shown_as_its_run_was(tmp_path, capsys):
-    """--eval answers what the run answered; --show draws input, target and attempts, in plain digits without a
-    terminal; a checkpoint of another shape is refused."""
-    data, out = one_task_set(tmp_path / "data"), tmp_path / "out"
-    train(data, out, "--device", "cpu", "--no-compile", *LEARNT)
-    capsys.readouterr()
-    again = ["--eval", str(out / "checkpoint.pt"), "--out", str(tmp_path / "again"), "--show", "2"]
-    train_arc.main(again)
-    shown = capsys.readouterr().out
-    assert (tmp_path / "again/submission.json").read_bytes() == (out / "submission.json").read_bytes()
-    target = json.loads((data / "arc-agi_evaluation_solutions.json").read_text())["mirror"][0]
-    assert re.search("mirror test 0\ninput   target  attempt 1 (wrong|missing) +attempt 2 (wrong|missing)\n", shown)
-    assert "\033" not in shown and json.loads((tmp_path / "again/config.json").read_text())["command"] == again
-    assert all(" ".join(map(str, row)) in shown for row in target)
-    with pytest.raises(train_arc.DataError, match="not empty"):
-        train_arc.main(again)
-    with pytest.raises(train_arc.DataError, match="another shape.*size mismatch"):
-        train_arc.main([*again[:2], "--out", str(tmp_path / "other"), "--d-model", "64"])
-
-
-def test_the_comparison_runs_every_arm_resumes_and_prints_one_table(tmp_path, capsys):
-    """A run made by hand counts, a stopped one goes on, and a second call trains nothing."""
-    data, out = one_task_set(tmp_path / "data"), tmp_path / "ab"
-    flags = [*SMALL[1:], *FAST, "--data", str(data), "--steps", "4"]
-    train_arc.main(["--no-ffn", *flags, "--out", str(out / "no-ffn-seed0")])
-    (out / "no-ffn-seed0/result.json").unlink()
-    tables = []
-    for _ in range(2):
-        train_arc.main(["--ab", "--seeds", "1", *flags, "--out", str(out)])
-        tables.append((out / "table.md").read_text())
-    lines = tables[0].splitlines()
-    assert tables[0] == tables[1] and [line.split(" | ")[0] for line in lines[2:]] == [
-        "| no-ffn", "| ffn", "| dense", "| no-ffn-deep"]
-    arms = "no-ffn", "ffn", "dense", "no-ffn-deep"
-    runs = [json.loads((out / f"{arm}-seed0/config.json").read_text()) for arm in arms]
-    assert [(run["ffn"], run["dense"], run["n_layer"]) for run in runs] == [
-        (False, False, 2), (True, False, 2), (True, True, 2), (False, False, 3)]
-    assert runs[0]["lr"] == runs[1]["lr"] == 5 * runs[2]["lr"]
-    with pytest.raises(train_arc.DataError, match="no-ffn-seed0: a run with another --steps"):
-        train_arc.main(["--ab", "--seeds", "1", *flags[:-1], "5", "--out", str(out)])
-
-
-def test_drawings_colour_every_cell_and_wrap_to_the_terminal():
-    grids = [("one", [[0, 9]]), ("two", [[5], [6]])]
-    assert train_arc.draw(grids, False, 80) == "one   two\n0 9   5\n      6\n"
-    assert train_arc.draw(grids, False, 9) == "one\n0 9\n\ntwo\n5\n6\n"
-    coloured = train_arc.draw(grids, True, 80)
-    bare = [line.rstrip() for line in re.sub(r"\033\[[0-9;]*m", "", coloured).splitlines()]
-    assert coloured.count("\033[48;5;") == 4 and bare == train_arc.draw(grids, False, 80).splitlines()
-
-
-def test_every_layout_reads_the_same_and_a_test_set_without_solutions_is_answered(tmp_path, capsys):
-    """Kaggle's files, GitHub's folders, a plain folder of tasks (ConceptARC); Kaggle's test set has no solutions."""
-    kaggle, github = one_task_set(tmp_path / "kaggle"), one_task_set(tmp_path / "github", github=True)
-    (tmp_path / "plain/concept").mkdir(parents=True)
-    shutil.copy(github / "evaluation/mirror.json", tmp_path / "plain/concept/mirror1.json")
-    plain = tmp_path / "plain"
-    read = [repr(list(train_arc.read_tasks(folder, "evaluation").values())) for folder in (kaggle, github, plain)]
-    assert read[0] == read[1] == read[2] and train_arc.read_tasks(plain, "training") == {}
-    for folder, name in ((kaggle, "mirror"), (github, "mirror"), (tmp_path / "plain", "mirror1")):
-        tasks = train_arc.read_tasks(folder, "evaluation")
-        output = train_arc.read_solutions(folder, "evaluation", tasks)[name][0]
-        assert np.array_equal(output, tasks[name].train[0][1])
-    (kaggle / "arc-agi_evaluation_challenges.json").rename(kaggle / "arc-agi_test_challenges.json")
-    train(kaggle, tmp_path / "out", "--split", "test", "--steps", "4", "--no-compile", "--show", "1")
-    assert "cannot be scored" in capsys.readouterr().out
-    assert list(json.loads((tmp_path / "out/submission.json").read_text())) == ["mirror"]
-
-
-@pytest.mark.parametrize("change, fault", [
-    (lambda s: s.pop("t"), "task t: no 't'"),
-    (lambda s: s["t"].pop(), "task t: attempts: 1 entries; expected a list of 2"),
-    (lambda s: s["t"][1].pop("attempt_2"), "task t: attempts: 1 attempt_2: no 'attempt_2'"),
-    (lambda s: s["t"][0].update(attempt_1=[[10]]), "task t: attempts: 0 attempt_1: a cell is 10")])
-def test_a_submission_is_read_strictly(tmp_path, change, fault):
-    submission = {"t": [{"attempt_1": [[1]], "attempt_2": [[2]]} for _ in range(2)]}
-    tasks, file = {"t": train_arc.Task([], [None, None])}, tmp_path / "submission.json"
-    file.write_text(json.dumps(submission))
-    assert train_arc.read_submission(file, tasks) == submission
-    change(submission)
-    file.write_text(json.dumps(submission | {"other": 1}))
-    with pytest.raises(train_arc.DataError, match="submission.json") as e:
-        train_arc.read_submission(file, tasks)
-    assert fault in str(e.value)
-
-
-def test_the_comparison_is_refused_under_torchrun(monkeypatch):
-    """Its runs would inherit the rank: each process would start them all."""
-    monkeypatch.setenv("RANK", "0")
-    with pytest.raises(train_arc.DataError, match="--ab: .* leave out torchrun"):
-        train_arc.main(["--ab", "--device", "cpu"])
-
-
-def test_scores_equal_a_scorer_written_from_the_rule():
-    """The ARC Prize: an output counts if either attempt equals it; a task's score is the mean over its outputs."""
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        solutions = {f"t{n}": [rng.integers(0, 2, (1, 2)) for _ in range(rng.integers(1, 4))] for n in range(10)}
-        submission = {name: [{key: rng.integers(0, 2, (1, 2)).tolist() for key in train_arc.ATTEMPTS} for _ in outputs]
-                      for name, outputs in solutions.items()}
-        firsts, scores, whole = [], [], 0
-        for name, outputs in solutions.items():
-            correct = [output.tolist() in (given["attempt_1"], given["attempt_2"])
-                       for output, given in zip(outputs, submission[name])]
-            scores.append(sum(correct) / len(correct))
-            firsts.append(np.mean([output.tolist() == given["attempt_1"]
-                                   for output, given in zip(outputs, submission[name])]))
-            whole += all(correct)
-        (pass1, pass2), solved = train_arc.score(submission, solutions)
-        assert abs(pass1 - np.mean(firsts)) < 1e-12 and abs(pass2 - np.mean(scores)) < 1e-12 and solved == whole
-
-
-def test_the_model_overfits_one_task_and_decodes_its_output_exactly(tmp_path, capsys):
-    flags = "--steps", "500", "--no-permute-colours", "--lr", "1e-2", "--max-tokens", "40", "--batch-tokens", "128"
-    train(one_task_set(tmp_path / "data"), tmp_path / "out", *flags)
-    assert "pass@1 100.00%, pass@2 100.00%" in capsys.readouterr().out
-    answer = json.loads((tmp_path / "out/submission.json").read_text())
-    solution = json.loads((tmp_path / "data/arc-agi_evaluation_solutions.json").read_text())
-    assert answer["mirror"][0]["attempt_1"] == solution["mirror"][0]
-
-
-# ---------------------------------------------------------------------------------------------- train_arc.py: bad input
-GOOD = {"t": {"train": [{"input": [[1]], "output": [[2]]}], "test": [{"input": [[3]]}]}}
-
-
-def task_with(cell):
-    return json.dumps(GOOD).replace("[[3]]", cell)
-
-
-@pytest.mark.parametrize("text, fault", [
-    ("{", "not JSON"), (json.dumps(GOOD)[:-9], "not JSON"), ("[" * 100000, "not JSON"), ("\udcff", "not JSON"),
-    ("[]", "list; expected a dict"), ("{}", "0 entries; expected a dict"),
-    ('{"t": []}', "task t: list; expected a dict"), ('{"t": {"test": []}}', "task t: no 'train'"),
-    ('{"t": {"train": [], "test": []}}', "task t: train: 0 entries; expected a list of at least one"),
-    (json.dumps(GOOD).replace("output", "out"), "task t: train: 0 output: no 'output'"),
-    (json.dumps(GOOD).replace("input", "in", 1), "task t: train: 0 input: no 'input'"),
-    (json.dumps(GOOD).replace("test", "tests"), "task t: no 'test'"),
-    (task_with("[]"), "test: 0 input: 0 entries"), (task_with("[[]]"), "test: 0 input: 0 entries"),
-    (task_with("[[1], [1, 2]]"), "2 rows of widths [1, 2]"), (task_with(json.dumps([[1]] * 31)), "31 rows"),
-    (task_with(json.dumps([[1] * 31])), "widths [31]"), (task_with("3"), "int; expected a list"),
-    *((task_with(f"[[1, {cell}]]"), f"a cell is {cell}; expected an integer from 0 to 9")
-      for cell in ("10", "-1", "1.5", '"3"', "true", "null", "NaN", "[1]", "[[[[1]]]]"))])
-def test_bad_tasks_are_named(tmp_path, text, fault):
-    file = tmp_path / "arc-agi_training_challenges.json"
-    file.write_text(text, encoding="utf-8", errors="surrogateescape")
-    with pytest.raises(train_arc.DataError, match=re.escape(str(file))) as e:
-        train_arc.read_tasks(tmp_path, "training")
-    assert fault in str(e.value) and "\n" not in str(e.value)
-
-
-@pytest.mark.parametrize("text, fault", [
-    ('{"other": [[[1]]]}', "task t: solutions: NoneType; expected a list of 1"),
-    ('{"t": [[[1]], [[1]]]}', "task t: solutions: 2 entries; expected a list of 1"),
-    ('{"t": [[[11]]]}', "task t: solutions: 0: a cell is 11"), ("", "not JSON")])
-def test_bad_solutions_are_named(tmp_path, text, fault):
-    (tmp_path / "arc-agi_training_challenges.json").write_text(json.dumps(GOOD))
-    (tmp_path / "arc-agi_training_solutions.json").write_text(text)
-    with pytest.raises(train_arc.DataError, match="arc-agi_training_solutions.json") as e:
-        train_arc.read_solutions(tmp_path, "training", train_arc.read_tasks(tmp_path, "training"))
-    assert fault in str(e.value)
-
-
-def test_bad_sets_are_named(tmp_path):
-    """An empty folder, one id in two files or two splits, a training split without solutions."""
-    run = train_arc.Run(data=str(tmp_path), device="cpu")
-
-    def fault():
-        with pytest.raises(train_arc.DataError, match=re.escape(str(tmp_path))) as e:
-            train_arc.load_data(run, torch.device("cpu"))
-        return str(e.value)
-    assert "no evaluation tasks" in fault()
-    (tmp_path / "a").mkdir()
-    for file in ("t.json", "a/t.json"):
-        (tmp_path / file).write_text(json.dumps(GOOD["t"]))
-    assert "task t is in" in fault()
-    for split in ("training", "evaluation"):
-        (tmp_path / split).mkdir()
-        (tmp_path / split / "t.json").write_text(json.dumps(GOOD["t"]))
-    assert "task t is in both splits" in fault()
-    shutil.copytree(tmp_path / "training", tmp_path / "up/data/training")
-    with pytest.raises(train_arc.DataError, match="tasks are in .*up/data; name that$"):
-        train_arc.read_tasks(tmp_path / "up", "evaluation")
-    (tmp_path / "evaluation/t.json").rename(tmp_path / "evaluation/u.json")
-    assert "the training split has no solutions" in fault()
-
-
-@pytest.mark.parametrize("flags, fault", [
-    (["--d-model", "30"], "--d-model 30"), (["--minutes", "0"], "--minutes 0"), (["--lr", "-1"], "--lr -1"),
-    (["--lr", "nan"], "--lr nan"),
-    (["--steps", "-5"], "--steps -5"), (["--device", "abacus"], "--device abacus"),
-    (["--dtype", "int8"], "--dtype int8"),
-    (["--dropout", "1"], "--dropout 1"), (["--dense", "--no-ffn"], "--dense --no-ffn"),
-    (["--data", "nowhere"], "nowhere"), (["--resume", "nowhere"], "nowhere"), (["--eval", "nowhere"], "nowhere"),
-    (["--lr", "fast"], "--lr"), (["--speed", "3"], "--speed"), (["--eval", "x", "--resume", "y"], "not allowed with"),
-    (["--batch-tokens", "100"], "--batch-tokens 100: expected at least --max-tokens"), (["--split", "x"], "--split x"),
-    (["--extra", "no", "--data", str(ARC1)], "no: no tasks"),
-    (["--sars", "--dense"], "--sars"), (["--ab", "--dense"], "--ab --dense"),
-    (["--out", str(HERE / "data")], "is not empty"), (["--resume", "x", "--lr", "1"], "no other flag"),
-    (["--max-tokens", "3", "--data", str(ARC1)], "--max-tokens")])
-def test_bad_flags_end_with_one_line_and_status_2(tmp_path, flags, fault):
-    run = subprocess.run([sys.executable, HERE / "train_arc.py", *flags], cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 2 and fault in run.stderr and run.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
-
-
-def test_a_checkpoint_that_is_no_checkpoint_is_refused_and_not_executed(tmp_path):
+def test_a_checkpoint_that_is_none_is_refused_and_not_executed(learnt, tmp_path):
     class Evil:
         def __reduce__(self):
             return Path.touch, (tmp_path / "executed",)
-    torch.save({"model": Evil()}, tmp_path / "checkpoint.pt")
-    for content in (None, b"", b"PK\x03\x04 truncated"):
-        if content is not None:
-            (tmp_path / "checkpoint.pt").write_bytes(content)
-        with pytest.raises(train_arc.DataError, match="checkpoint.pt"):
-            train_arc.parse(["--resume", str(tmp_path)])
+    whole = torch.load(learnt[1] / "checkpoint.pt", weights_only=True)
+    for content, fault in (whole | {"model": Evil()}, "Weights only"), ({"model": {}}, "no 'flags'"):
+        torch.save(content, tmp_path / "checkpoint.pt")
+        with pytest.raises(InputError, match=f"checkpoint.pt: not a checkpoint of this program: {fault}"):
+            resume(tmp_path)
     assert not (tmp_path / "executed").exists()
 
 
-# ---------------------------------------------------------------------------------------------- the project
+@pytest.mark.parametrize("words, fault", [
+    ("--d-model 30", "--d-model 30: expected a multiple of 4"), ("--lr nan", "--lr nan: expected 1e-07 or more"),
+    ("--steps -5", "--steps -5"), ("--lr fast", "--lr"), ("--dropout 1", "--dropout 1"), ("--speed 3", "--speed"),
+    ("--batch-tokens 100", "--batch-tokens 100: expected --max-tokens 150"), ("--sars --dense", "--sars"),
+    ("--dense --no-ffn", "--dense --no-ffn"), ("--resume nowhere", "nowhere"), ("--data nowhere", "nowhere"),
+    ("--compare nowhere", "nowhere: not a finished run"), (f"--data {ARC1} --extra nowhere", "nowhere: no tasks"),
+    (f"--data {ARC1} --max-tokens 5", "no pair of at most 5 tokens"), (f"--data {ARC1} --out .", "is there already")])
+def test_bad_flags_are_named_in_one_line_and_nothing_is_written(tmp_path, monkeypatch, words, fault):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=re.escape(fault)) as e:
+        train_arc.main(["--device", "cpu", "--steps", "1", "--no-compile", "--no-score", *words.split()])
+    assert "\n" not in str(e.value) and not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_ends_a_run_with_one_line_and_its_files_stay(tmp_path):
+    out, limit = tmp_path / "out", (20000, 20000)       # bytes: no file may grow beyond, as on a full disk
+    train(one_task_set(tmp_path / "data"), out, *FAST)
+    before = [(out / file).read_bytes() for file in ("checkpoint.pt", "log.csv")]
+    run = script("--resume", out, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+    _, error = run.communicate()
+    assert run.returncode == 2 and re.fullmatch("error: .*checkpoint.pt: cannot be written: .*\n", error)
+    assert [(out / file).read_bytes() for file in ("checkpoint.pt", "log.csv")] == before
+
+
+def test_a_run_goes_on_without_a_compiler_a_terminal_for_its_letters_and_a_reader(tmp_path):
+    data, out, cache = one_task_set(tmp_path / "data"), tmp_path / "Läufe", str(tmp_path / "cache")
+    environment = os.environ | {"CXX": "false", "TORCHINDUCTOR_CACHE_DIR": cache, "PYTHONIOENCODING": "ascii"}
+    run = script(*SMALL, *FAST, "--compile", "--data", data, "--out", out, env=environment)
+    assert "L\\xe4ufe" in run.stdout.readline() and "torch.compile does not work here" in run.stdout.readline()
+    run.stdout.close()
+    run.stderr.close()
+    assert run.wait() == 0 and (out / "result.json").exists()
+
+
+def test_two_processes_train_as_one_on_the_same_global_batch(tmp_path):
+    """Their shares differ in size: the loss is the mean over all targets, not over processes."""
+    data, words = one_task_set(tmp_path / "data"), [*FAST, "--batch-tokens", "300"]
+    train(data, tmp_path / "one", *words)
+    run = script(*SMALL, *words, "--data", data, "--out", tmp_path / "two", launcher=TORCHRUN)
+    output, error = run.communicate()
+    assert run.returncode == 0 and output.count("held-out: loss") == 1, error
+    one, two = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two"))
+    for name in ("loss", "grad_norm", "heldout_loss"):
+        assert two[name] == pytest.approx(one[name], rel=1e-3)
+
+
+def test_all_processes_take_the_clock_and_the_stop_of_the_first(monkeypatch):
+    """One that stopped by itself would leave the others waiting for its gradient."""
+    first = torch.tensor([0.5, 1], dtype=torch.float64)
+    monkeypatch.setattr(train_arc.dist, "broadcast", lambda shared, source: shared.copy_(first))
+    assert train_arc.clock(Namespace(steps=8), {"step": 5}, [], 2) == (0.5, True)
+
+
+def finished_run(folder, seed, losses):
+    """A folder as a run leaves it: a look at the held-out pairs every 10 s, a line without one in between."""
+    folder.mkdir()
+    lines = [f"{10 * n},{2 * loss},{loss}\n{10 * n + 5},9,\n" for n, loss in enumerate(losses, 1)]
+    (folder / "log.csv").write_text("seconds,loss,heldout_loss\n" + "".join(lines))
+    (folder / "config.json").write_text(json.dumps({"seed": seed}))
+    result = {"heldout_loss": losses[-1], "heldout_grids": 0.25, "parameters": 100, "steps": 50, "seconds": 120}
+    (folder / "result.json").write_text(json.dumps(result | {"pass@2": seed / 10}))
+
+
+def test_the_comparison_prints_means_deviations_and_the_paired_difference(tmp_path, capsys):
+    """Differences -0.1, 0 and -0.05: mean -0.05, s.d. 0.05, and t = 4.30 for two degrees of freedom."""
+    for n, (a, b) in enumerate(((0.5, 0.4), (0.6, 0.6), (0.7, 0.65))):
+        finished_run(tmp_path / f"a-seed{n}", n, [0.9, a])
+        finished_run(tmp_path / f"b-seed{n}", n, [0.7, b, b])
+    train_arc.main(["--compare", *map(str, sorted(tmp_path.iterdir()))])
+    header, _, *rows = capsys.readouterr().out.splitlines()
+    a, b = (dict(zip(re.split(r" *\| *", header), re.split(r" *\| *", row))) for row in rows)
+    assert a["heldout_loss"] == "0.6 +- 0.1" and a["seconds"] == "120 +- 0" and a["pass@2"] == "0.1 +- 0.1"
+    assert b["heldout_loss at 20 s"] == b["heldout_loss"] == "0.55 +- 0.13" and b["training loss"] == "1.2 +- 0.18"
+    assert (b["arm"], b["n"], b["seconds to 0.700"]) == ("b", "3", "10 +- 0")
+    assert b["heldout_loss, less the first arm's"] == f"-0.0500 +- {4.30 * 0.05 / math.sqrt(3):.4f}"
+
+
+# ------------------------------------------------------------------------------------------ the project
+DEMO = """if True:
+    import itertools, runpy, sys, time, torch, spl
+    randn = torch.randn
+    torch.randn = lambda rows, *shape, **options: randn(min(rows, 64), *shape, **options)
+    time.perf_counter = itertools.count(0, 9).__next__          # what is measured is over at once
+    spl.bench = lambda runs, **_: dict.fromkeys(runs, 1.0)
+    runpy.run_path(sys.argv.pop(1), run_name="__main__")"""
+
+
 @pytest.mark.parametrize("name", ["spl", "dynsiha", "block", "model"])
-def test_each_concept_file_runs_alone_with_the_files_it_declares(tmp_path, name):
-    text = (HERE / f"{name}.py").read_text()
-    files = {f"{name}.py", *re.findall(r"\w+\.py", re.search(r"Copy +(.*)", text)[1])}
-    for file in files:
+def test_each_concept_file_runs_alone_with_the_files_that_it_names(learnt, tmp_path, name):
+    """model.py with a checkpoint that the script wrote."""
+    head = re.search(r"Copy +(.*)", (HERE / f"{name}.py").read_text())[1]
+    for file in {f"{name}.py", *re.findall(r"\w+\.py", head)}:
         shutil.copy(HERE / file, tmp_path)
-    run = subprocess.run([sys.executable, f"{name}.py"], cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert len(run.stdout.splitlines()) > 3
+    words = [learnt[1] / "checkpoint.pt"] if name == "model" else []
+    environment = os.environ | {"TORCH_COMPILE_DISABLE": "1", "PYTHONPATH": ""}
+    run = script(f"{name}.py", *words, launcher=(sys.executable, "-c", DEMO), cwd=tmp_path, env=environment)
+    output, error = run.communicate()
+    assert run.returncode == 0, error
+    assert len(output.splitlines()) > 3 and all(str(word) in output for word in words)
 
 
-def test_the_readmes_commands_exist_and_parse(monkeypatch, tmp_path):
-    text = (HERE / "README.md").read_text()
-    commands = [line for block in re.findall(r"```sh\n(.*?)```", text, re.S) for line in block.splitlines()]
-    files = {file for line in commands for file in re.findall(r"[\w./-]+\.(?:py|txt)", line)}
-    assert "pytest -q test_all.py" in commands and "pytest -q test_all.py" in (HERE / ".ci/run").read_text()
-    assert {"train_arc.py", "test_all.py", "requirements.txt"} <= files
-    assert all((HERE / file).exists() for file in files)
-    monkeypatch.chdir(HERE)
-    for line in commands:
-        for flags in re.findall(r"python train_arc\.py([^#&|]*)", line):
-            if not {"--help", "--resume", "--eval"} & set(flags.split()) and "cuda" not in flags:
-                train_arc.parse(flags.split() + ["--out", str(tmp_path / "unused")])
+def commands(text, folder):
+    """The commands of a Markdown file's shell blocks, as lists of words, loops unrolled: bash itself reads them,
+    finds no program, and hands each command to a function that writes it down."""
+    record = "function . { :; }\nPATH=/nowhere\n" + (
+        "command_not_found_handle() { printf '%s\\0' \"$@\" $'\\n' >> record; }\n")
+    for block in re.findall(r"```(?:sh|bash)\n(.*?)```", text, re.S):
+        subprocess.run(["bash", "-c", record + block], cwd=folder, capture_output=True)
+    return [line.split("\0")[:-1] for line in (folder / "record").read_text().split("\n\0")[:-1]]
+
+
+def test_the_commands_of_the_readme_parse_and_name_files_that_exist(tmp_path):
+    found = commands((HERE / "README.md").read_text(), tmp_path)
+    assert ["pytest", "-q", "test_all.py"] in found and any("train_arc.py" in words for words in found)
+    for words in found:
+        assert all((HERE / word).exists() for word in words if re.fullmatch(r"[\w./-]+\.(py|txt)", word)), words
+        if "train_arc.py" in words and not {"--help", "--resume", "--eval", "--compare"} & set(words):
+            c = parse(words[words.index("train_arc.py") + 1:])
+            assert all((HERE / folder).exists() for folder in (c.data, *c.extra)), words

@@ -433,6 +433,10 @@ def parse(argv, saved=None):
 
 
 # ------------------------------------------------------------------------------------------ files of a run
+# What a checkpoint holds: the flags, the Config, the tasks and a hash of the pairs, how far the run is, and tensors.
+STATE = "flags", "shape", "names", "pairs", "step", "seconds", "look_at", "log", "model", "optimizer"
+
+
 def save(path, value):
     """Atomic: to a temporary file, flushed to the disk, then renamed. Tensors go into a .pt file, a list of
     dicts into a .csv file with the columns of the first, everything else into JSON."""
@@ -459,14 +463,10 @@ def load_checkpoint(file):
     """The state that a run has saved. Nothing that the file holds is executed."""
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-        missing = {"flags", "shape", "names", "pairs", "step", "seconds", "look_at", "log", "model",
-                   "optimizer"} - state.keys()
-        if missing:
-            raise ValueError(f"no {min(missing)} in it")
-        return state
+        return {name: state[name] for name in STATE}
     except Exception as fault:                      # pickle, zip and torch have errors of their own
-        reason = str(fault).splitlines() or [type(fault).__name__]
-        raise InputError(f"{file}: not a checkpoint of this program: {reason[0][:200]}") from None
+        reason = f"no {fault}" if isinstance(fault, KeyError) else " ".join(str(fault).split())[:200]
+        raise InputError(f"{file}: not a checkpoint of this program: {reason}") from None
 
 
 def make_folder(c):
@@ -604,38 +604,37 @@ T95 = 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2
 def compare(folders):
     """Prints a Markdown table of finished runs: mean +- standard deviation for each arm, which is a folder's
     name up to "-seed", and its held-out loss less the first arm's, paired by seed, with the 95% interval."""
-    runs, arms = [], {}
+    logs, runs, arms = {}, {}, {}
     for folder in map(Path, folders):
         try:
             log = np.genfromtxt(folder / "log.csv", delimiter=",", names=True)
-            log = log[np.isfinite(log["heldout_loss"])]
-            runs.append((folder, read_json(folder / "config.json"), read_json(folder / "result.json"), log))
+            logs[folder] = log[np.isfinite(log["heldout_loss"])]
+            runs[folder] = read_json(folder / "result.json") | {"seed": read_json(folder / "config.json")["seed"]}
         except (OSError, ValueError) as fault:
             refuse(f"{folder}: not a finished run with held-out pairs: {fault}")
-    seconds = min(log["seconds"][-1] for *_, log in runs)
-    target = max(log["heldout_loss"][-1] for *_, log in runs)       # the loss that every run reaches
-    for folder, config, result, log in runs:
-        arms.setdefault(folder.name.split("-seed")[0], {})[config["seed"]] = {
-            "held-out loss": result["heldout_loss"], "grids": result["heldout_grids"],
-            "training loss": log["loss"][-5:].mean(), "pass@2": result.get("pass@2", math.nan),
-            "parameters": result["parameters"], "steps": result["steps"], "minutes": result["seconds"] / 60,
-            f"held-out loss at {seconds:.0f} s": np.interp(seconds, log["seconds"], log["heldout_loss"]),
-            f"seconds to {target:.3f}": log["seconds"][np.argmax(log["heldout_loss"] <= target)]}
-    first = next(iter(arms.values()))
-    columns = list(next(iter(first.values())))
-    print("| arm | n |", " | ".join(columns), "| held-out loss, less the first arm's |")
+    seconds = min(log["seconds"][-1] for log in logs.values())
+    target = max(log["heldout_loss"][-1] for log in logs.values())          # the loss that every run reaches
+    columns = ["heldout_loss", "heldout_grids", "training loss", f"heldout_loss at {seconds:.0f} s",
+               f"seconds to {target:.3f}", "pass@2", "parameters", "steps", "seconds"]
+    for folder, run in runs.items():
+        log, loss = logs[folder], logs[folder]["heldout_loss"]
+        run |= {columns[2]: log["loss"][-5:].mean(), columns[3]: np.interp(seconds, log["seconds"], loss),
+                columns[4]: log["seconds"][np.argmax(loss <= target)]}
+        arms.setdefault(folder.name.split("-seed")[0], {})[run["seed"]] = run
+    print("| arm | n |", " | ".join(columns), "| heldout_loss, less the first arm's |")
     print("|---" * (len(columns) + 3) + "|")
+    first = next(iter(arms.values()))
     for arm, seeds in arms.items():
-        cells = []
+        cells = [arm, str(len(seeds))]
         for name in columns:
-            values = [run[name] for run in seeds.values()]
+            values = [run.get(name, math.nan) for run in seeds.values()]
             spread = f" +- {np.std(values, ddof=1):.2g}" if len(seeds) > 1 else ""
             cells.append(f"{np.mean(values):.4g}{spread}")
-        gaps = [seeds[x]["held-out loss"] - first[x]["held-out loss"] for x in seeds if x in first]
+        gaps = [seeds[x]["heldout_loss"] - first[x]["heldout_loss"] for x in seeds if x in first]
         if len(gaps) > 1:
             half = T95[min(len(gaps) - 1, len(T95)) - 1] * np.std(gaps, ddof=1) / math.sqrt(len(gaps))
             cells.append(f"{np.mean(gaps):+.4f} +- {half:.4f}")
-        print(f"| {arm} | {len(seeds)} |", " | ".join(cells), "|")
+        print("|", " | ".join(cells), "|")
 
 
 # ------------------------------------------------------------------------------------------ main
