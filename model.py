@@ -54,15 +54,24 @@ def encode_grid(grid):
 
 def decode_grid(tokens):
     """The rows that `tokens` (up to <end>) spell, or None: no rectangle of 1..30 by 1..30 colours."""
-    body, end, _ = bytes(list(tokens)).partition(bytes([END]))
-    *rows, rest = body.split(bytes([NL]))
-    widths = {len(row) for row in rows}
-    if not end or rest or len(widths) != 1 or not 1 <= min(widths) <= max(*widths, len(rows)) <= MAX_SIDE:
-        return None
-    return [list(row) for row in rows] if max(b"".join(rows)) <= 9 else None
+    rows, row = [], []
+    for token in tokens:
+        if token == END:
+            widths = {len(row) for row in rows}
+            valid = not row and len(widths) == 1 and 1 <= min(widths) <= max(*widths, len(rows)) <= MAX_SIDE
+            return rows if valid else None
+        if token == NL:
+            rows.append(row)
+            row = []
+        elif token <= 9:
+            row.append(int(token))
+        else:
+            return None
+    return None
 
 
 def encode_prompt(grid):
+    """(h, w) array -> the tokens of a prompt: <start>, the grid, <sep>."""
     return [START, *encode_grid(grid), SEP]
 
 
@@ -138,6 +147,8 @@ class Config:
 
 
 class Transformer(nn.Module):
+    """Tokens (B, T), with a task and a view for each row, -> logits (B, T, n_vocab)."""
+
     def __init__(self, config):
         super().__init__()
         c = self.config = config
@@ -174,7 +185,7 @@ class Transformer(nn.Module):
     def parameter_groups(self, weight_decay):
         """For an optimizer: the blocks' matrices decay; embeddings, head and vectors do not."""
         matrices = [p for p in self.blocks.parameters() if p.ndim == 2]
-        others = [p for p in self.parameters() if not any(p is matrix for matrix in matrices)]
+        others = [p for p in self.parameters() if p not in set(matrices)]
         return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
     def spls(self):
@@ -244,6 +255,7 @@ class Transformer(nn.Module):
             if done.all() or slot == P + max_new - 1:
                 break
             mask[..., slot] = True
+            # Where the slots that are read grow, the step is a new one.
             grows = slot == P or slot % STRIDE == 0
             if grows:
                 read = mask[..., :(slot // STRIDE + 1) * STRIDE]
@@ -295,7 +307,9 @@ def train_routing(model, seen, targets, clip):
 
 def unpadded(targets):
     """(B, T): 1 up to a row's last target, 0 in the padding after it."""
-    return (targets != IGNORE).int().flip(1).cummax(1).values.flip(1)
+    t = torch.arange(targets.shape[1], device=targets.device)
+    last = (t * (targets != IGNORE)).amax(1, keepdim=True)
+    return (t <= last).int()
 
 
 def pi_score(loss, entropy, grad_norm, a=1.0, c=0.5):
@@ -360,7 +374,8 @@ if __name__ == "__main__":
     source, task, model = "a random model (name a checkpoint for a trained one)", 0, model.cpu()
     if len(sys.argv) > 1:
         state = torch.load(sys.argv[1], map_location="cpu", weights_only=True)
-        source, task, model = sys.argv[1], state["names"].index("0d3d703e"), Transformer(Config(**state["shape"]))
+        source, task = sys.argv[1], state["names"].index("0d3d703e")
+        model = Transformer(Config(**state["shape"]))
         model.load_state_dict(state["model"])
     prompt = torch.tensor([[START, *[3, 1, 2, NL] * 3, SEP]])
     with model.eval().watch() as seen, torch.no_grad():

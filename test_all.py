@@ -563,11 +563,11 @@ def test_stray_files_are_skipped_and_links_and_upper_case_read_in_the_order_of_n
 
 
 @pytest.mark.parametrize("part, instead, fault", [
-    *((TASK, text, "not JSON") for text in ("{", "\xff", "[" * 10**5)), (TASK, "[]", "a list, not an object"),
+    *((TASK, text, "not JSON") for text in ("{", "\xff", "[" * 10**5)), (TASK, "[]", "a list; expected an object"),
     ('{"input": [[3]]}', "4", "task t: 'int'"), ('{"input": [[3]]}', "", "task t: 1 train pairs and 0 tests"),
     ('{"input": [[1]], "output": [[2]]}', "", "task t: 0 train pairs and 1 tests; expected one or more"),
     *((word, "other", f"task t: no '{word}'") for word in ("train", "test", "input", "output")),
-    *(("[[3]]", grid, f"task t: {grid[:40]} is no grid; expected 1 to 30 rows of one width") for grid in
+    *(("[[3]]", grid, f"task t: {grid[:40]} is no grid; expected rows of one width, 1 to 30 each way") for grid in
       ("[]", "[[]]", "[[1], [1, 2]]", "[[1], 2]", "3", r'"a\nb"', str([[1]] * 31), str([[1] * 31]))),
     *(("[[3]]", f"[[1, {cell}]]", f"task t: a cell is {cell}; expected an integer from 0 to 9")
       for cell in ("10", "-1", "1.0", "true", "null", "[1]"))], ids=lambda value: value[:20])
@@ -652,8 +652,8 @@ def test_what_is_trained_on_and_what_is_held_out(tmp_path, words):
 def test_black_and_the_colours_that_only_outputs_show_stay():
     """'Mark with red' would contradict itself; a colour that a test input shows is free, and so are unused ones."""
     task = Task([(np.array([[0, 1]]), np.array([[2, 1, 3]]))], [(np.array([[3, 0]]), None)])
-    assert train_arc.free_colours(task, flags()) == [1, 3, 4, 5, 6, 7, 8, 9]
-    assert train_arc.free_colours(task, flags("--no-permute-colours")) == []
+    assert train_arc.free_colours(task, True) == [1, 3, 4, 5, 6, 7, 8, 9]
+    assert train_arc.free_colours(task, False) == []
 
 
 def test_parts_are_of_similar_lengths_and_as_many_as_the_budget_holds_when_padded():
@@ -915,7 +915,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights_and_with_nothing_else(tmp_pat
     signal_in_step(monkeypatch, at, number)
     assert train_arc.main([*SMALL, *words, "--data", str(data), "--out", str(out)]) == 130
     assert saved_step(out) == at and not (out / "result.json").exists() and signal.getsignal(number) == handler
-    for word, value, fault in (("--repeat", 2, "other pairs than those"), ("--d-model", 16, "has d_model 32"),
+    for word, value, fault in (("--repeat", 2, "other pairs than those"), ("--d-model", 16, "model has 32"),
                                ("--out", tmp_path / "other", "a run stays in its folder")):
         with pytest.raises(InputError, match=fault):
             resume(out, word, value)
@@ -932,6 +932,14 @@ def test_the_result_is_on_disk_before_the_answers_and_not_while_the_run_goes_on(
     signal_in_step(monkeypatch, 2)
     resume(out, "--steps", 16, "--no-score")
     assert saved_step(out) == 14 and not (out / "result.json").exists()
+
+
+def test_a_signal_that_is_ignored_stays_ignored(tmp_path, monkeypatch):
+    """nohup starts a run so, to outlive the terminal."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal_in_step(monkeypatch, 3, signal.SIGHUP)
+    train(one_task_set(tmp_path / "data"), tmp_path / "out", *FAST)
+    assert signal.signal(signal.SIGHUP, before) == signal.SIG_IGN and saved_step(tmp_path / "out") == 12
 
 
 @pytest.mark.parametrize("n", [1, 6])
@@ -1007,11 +1015,20 @@ def test_a_checkpoint_that_is_none_is_refused_and_not_executed(learnt, tmp_path)
         def __reduce__(self):
             return Path.touch, (tmp_path / "executed",)
     whole = torch.load(learnt[1] / "checkpoint.pt", weights_only=True)
-    for content, fault in (whole | {"model": Evil()}, "Weights only"), ({"model": {}}, "no 'flags'"):
+    for content, fault in (whole | {"model": Evil()}, "Weights only"), ({"model": {}}, "something is missing"):
         torch.save(content, tmp_path / "checkpoint.pt")
         with pytest.raises(InputError, match=f"checkpoint.pt: not a checkpoint of this program: {fault}"):
             resume(tmp_path)
     assert not (tmp_path / "executed").exists()
+
+
+def test_the_presets_reach_the_flags_and_a_flag_wins(monkeypatch):
+    monkeypatch.setattr(train_arc, "DEVICES", ["cpu", "cuda"])
+    for device, preset in ("cpu", train_arc.CPU), ("cuda", train_arc.CUDA):
+        c, dense = parse(["--device", device]), parse(["--device", device, "--dense"])
+        assert preset.items() <= vars(c).items() and (c.arm, c.ffn_factor) == ("ffn", 1)
+        assert dense.lr == train_arc.DENSE_LR * c.lr and (dense.arm, dense.ffn_factor) == ("dense", 4)
+        assert parse(["--device", device, "--dense", "--lr", "0.5", "--ffn-factor", "2"]).lr == 0.5
 
 
 @pytest.mark.parametrize("words, fault", [
@@ -1020,7 +1037,7 @@ def test_a_checkpoint_that_is_none_is_refused_and_not_executed(learnt, tmp_path)
     ("--batch-tokens 100", "--batch-tokens 100: expected --max-tokens 150"), ("--sars --dense", "--sars"),
     ("--dense --no-ffn", "--dense --no-ffn"), ("--resume nowhere", "nowhere"), ("--data nowhere", "nowhere"),
     ("--compare nowhere", "nowhere: not a finished run"), (f"--data {ARC1} --extra nowhere", "nowhere: no tasks"),
-    (f"--data {ARC1} --max-tokens 5", "no pair of at most 5 tokens"), (f"--data {ARC1} --out .", "is there already")])
+    (f"--data {ARC1} --max-tokens 5", "no pair of at most 5 tokens")])
 def test_bad_flags_are_named_in_one_line_and_nothing_is_written(tmp_path, monkeypatch, words, fault):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=re.escape(fault)) as e:
@@ -1055,9 +1072,31 @@ def test_two_processes_train_as_one_on_the_same_global_batch(tmp_path):
     run = script(*SMALL, *words, "--data", data, "--out", tmp_path / "two", launcher=TORCHRUN)
     output, error = run.communicate()
     assert run.returncode == 0 and output.count("held-out: loss") == 1, error
-    one, two = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two"))
+    one, two = read_log(tmp_path / "one"), read_log(tmp_path / "two")
     for name in ("loss", "grad_norm", "heldout_loss"):
         assert two[name] == pytest.approx(one[name], rel=1e-3)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of threads")
+def test_the_process_group_takes_its_threads_with_it():
+    """One still there when Python ends can abort the process, the finished run and all."""
+    code = """if True:
+        import os, train_arc
+        train_arc.dist.init_process_group("gloo", store=train_arc.dist.HashStore(), rank=0, world_size=1)
+        train_arc.torch.compiler.set_stance("default")      # loads what would hold the group
+        tasks = "/proc/self/task"
+        threads = lambda: sum("gloo" in open(f"{tasks}/{t}/comm").read() for t in os.listdir(tasks))
+        print(threads())
+        train_arc.dist.destroy_process_group()
+        print(threads())"""
+    before, after = subprocess.check_output([sys.executable, "-c", code], cwd=HERE, text=True).split()
+    assert int(before) > 0 == int(after)
+
+
+def test_sars_refuses_several_processes(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="--sars: needs .* one process"):
+        flags("--sars")
 
 
 def test_all_processes_take_the_clock_and_the_stop_of_the_first(monkeypatch):

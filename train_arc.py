@@ -32,7 +32,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn     # imported before a process group exists: its defaults would keep that alive
+import torch.distributed.nn     # its functions keep the process group that exists when it is imported: none yet
 from torch import nn
 from tqdm import tqdm
 
@@ -60,7 +60,7 @@ def read_grid(value):
     rows = value if isinstance(value, list) else []
     widths = {len(row) if isinstance(row, list) else 0 for row in rows}
     if len(widths) != 1 or 0 in widths or max(*widths, len(rows)) > MAX_SIDE:
-        raise ValueError(f"{json.dumps(value)[:40]} is no grid; expected 1 to {MAX_SIDE} rows of one width, as long")
+        raise ValueError(f"{json.dumps(value)[:40]} is no grid; expected rows of one width, 1 to {MAX_SIDE} each way")
     for cell in itertools.chain(*rows):
         if type(cell) is not int or not 0 <= cell <= 9:
             raise ValueError(f"a cell is {json.dumps(cell)[:20]}; expected an integer from 0 to 9")
@@ -73,7 +73,9 @@ def read_json(file):
         value = json.loads(Path(file).read_bytes())
     except (ValueError, RecursionError) as fault:
         raise InputError(f"{file}: not JSON: {fault}") from None
-    return value if isinstance(value, dict) else refuse(f"{file}: a {type(value).__name__}, not an object")
+    if not isinstance(value, dict):
+        refuse(f"{file}: a {type(value).__name__}; expected an object")
+    return value
 
 
 def read_raw(folder, split):
@@ -92,9 +94,9 @@ def read_raw(folder, split):
         folders[:] = sorted(name for name in folders if name[0] != "." and name != "__MACOSX")
         for file in sorted(Path(path, name) for name in files if name[0] != "."):
             if file.suffix.lower() == ".json":
-                first, _ = tasks.setdefault(file.stem, (file, read_json(file)))
-                if first is not file:
-                    refuse(f"{file}: task {file.stem} is in {first}, too")
+                if file.stem in tasks:
+                    refuse(f"{file}: task {file.stem} is in {tasks[file.stem][0]}, too")
+                tasks[file.stem] = file, read_json(file)
     return tasks
 
 
@@ -132,24 +134,30 @@ def key(grid):
 def without_leaks(others, asked):
     """Those of the tasks `others` that share no id, no test input and no set of demonstrations with the
     `asked` ones: ARC-1 and ARC-2 overlap, and some tasks are in both under different ids."""
-    def clues(task, inputs):
-        return {frozenset((key(x), key(y)) for x, y in task.train), *(key(x) for x, _ in inputs)}
+    def demonstrations(task):
+        return frozenset((key(x), key(y)) for x, y in task.train)
 
-    taken = set().union(*(clues(task, task.test) for task in asked.values()))
-    return {name: task for name, task in others.items()
-            if name not in asked and taken.isdisjoint(clues(task, task.train + task.test))}
+    asked_demonstrations = {demonstrations(task) for task in asked.values()}
+    asked_inputs = {key(x) for task in asked.values() for x, _ in task.test}
+    kept = {}
+    for name, task in others.items():
+        inputs = {key(x) for x, _ in task.train + task.test}
+        if name not in asked and not inputs & asked_inputs:
+            if demonstrations(task) not in asked_demonstrations:
+                kept[name] = task
+    return kept
 
 
 # ------------------------------------------------------------------------------------------ batches
 Pair = namedtuple("Pair", "free views")     # colours to permute; the Sample of each view
 
 
-def free_colours(task, c):
+def free_colours(task, permute):
     """The colours to permute: 1 to 9 but for those that only outputs show ('mark with red' must stay red)."""
     inputs = {colour for x, _ in task.train + task.test for colour in x.flat}
     outputs = {colour for _, y in task.train for colour in y.flat}
-    fixed = {0} | outputs - inputs if c.permute_colours else set(range(10))
-    return [colour for colour in range(10) if colour not in fixed]
+    free = [colour for colour in range(1, 10) if colour in inputs or colour not in outputs]
+    return free if permute else []
 
 
 def colour_table(free, rng):
@@ -173,7 +181,8 @@ def split_by_budget(lengths, budget):
 
 def batches(pairs, c, world=1):
     """Endless (epoch, samples): in an epoch each pair once, in a fresh view and colouring, similar lengths
-    together. Batch number n depends on the seed alone: every arm sees the same, and so does a resumed run."""
+    together. Batch number n depends on data, seed and flags, not on the model: every arm sees the same, and
+    so does a resumed run."""
     for epoch in itertools.count():
         rng, samples = np.random.default_rng((c.seed, epoch)), []
         for i in rng.permutation(len(pairs)):               # the sort is stable: equal lengths stay shuffled
@@ -188,7 +197,7 @@ def batches(pairs, c, world=1):
 
 
 def load_data(c):
-    """(ids of the tasks, pairs to train on, held-out samples). No output that is asked for is read."""
+    """(ids of the tasks, pairs to train on, held-out samples). No output that is asked for is used."""
     asked = read_tasks(c.data, c.split)
     if not asked:
         refuse(f"--data {c.data}: no arc-agi_{c.split}_challenges.json and no task in a folder {c.split}")
@@ -196,7 +205,7 @@ def load_data(c):
         if not any(file.match(f"arc-agi_{split}_*.json") for split in ("training", c.split)):
             print(f"{file} is not used")
     tasks = read_tasks(c.data, "training", solved=True)
-    own = without_leaks(tasks, asked)           # the others' tests are left alone
+    own = without_leaks(tasks, asked)           # the tests of the others are left alone
     tasks |= asked                              # an asked task leaves the training split
     for folder in c.extra:
         found = {name: task for split in SPLITS for name, task in read_tasks(folder, split).items()}
@@ -209,14 +218,18 @@ def load_data(c):
     names, pairs, heldout = [], [], []
     asked_inputs = {key(x) for task in asked.values() for x, _ in task.test}
     for name, task in tasks.items():
-        free, is_asked = free_colours(task, c), name in asked
-        shown = [Pair(free, encode_views(len(names), x, y)) for x, y in task.train
-                 if pair_tokens(x, y) <= c.max_tokens and (is_asked or key(x) not in asked_inputs)]
-        if shown:
-            pairs += shown * (c.repeat if is_asked else 1)
-            heldout += [Pair(free, encode_views(len(names), x, y)) for x, y in task.test
-                        if name in own and y is not None and pair_tokens(x, y) <= c.max_tokens]
-            names.append(name)
+        free, demos = free_colours(task, c.permute_colours), []
+        for x, y in task.train:
+            leaks = name not in asked and key(x) in asked_inputs
+            if pair_tokens(x, y) <= c.max_tokens and not leaks:
+                demos.append(Pair(free, encode_views(len(names), x, y)))
+        if not demos:
+            continue
+        pairs += demos * (c.repeat if name in asked else 1)
+        for x, y in task.test if name in own else []:
+            if y is not None and pair_tokens(x, y) <= c.max_tokens:
+                heldout.append(Pair(free, encode_views(len(names), x, y)))
+        names.append(name)
     if not pairs:
         refuse(f"--data {c.data}: no pair of at most {c.max_tokens} tokens; raise --max-tokens")
     if not c.heldout:
@@ -225,15 +238,19 @@ def load_data(c):
 
 
 # ------------------------------------------------------------------------------------------ answers
-RANK_TOKENS = 2**16                         # of a ranking batch
+RANK_TOKENS = 2**16                         # tokens of a ranking batch
+NO_ANSWER = [[0]]                           # stands in a submission where there is none
+ONE_CELL = np.zeros((1, 1), dtype=np.uint8)             # the shortest output
 
 
 def decode_tokens(model):
     """Tokens of a decoding batch: on CUDA their keys and values fill a third of the memory that is free."""
+    c = model.config
     if not model.head.weight.is_cuda:
         return 2**15
     torch.cuda.empty_cache()
-    return torch.cuda.mem_get_info()[0] // 3 // (model.config.n_layer * model.config.d_model * 2 * 4)
+    free, _ = torch.cuda.mem_get_info()
+    return free // 3 // (2 * c.n_layer * c.d_model * (2 if c.dtype == "bfloat16" else 4))
 
 
 def propose(model, questions, c, rank):
@@ -245,17 +262,17 @@ def propose(model, questions, c, rank):
         for vote in range(c.colour_votes if pair.free else 1):
             table = colour_table(pair.free if vote else [], rng)
             jobs += [(question, table, prompt._replace(tokens=table[prompt.tokens])) for prompt in pair.views]
-    lengths = [prompt.n_prompt + min(MAX_OUTPUT, c.max_tokens) for _, _, prompt in jobs]    # at most
-    parts = split_by_budget(lengths, decode_tokens(model))
+    bounds = [prompt.n_prompt + min(MAX_OUTPUT, c.max_tokens) for _, _, prompt in jobs]
+    parts = split_by_budget(bounds, decode_tokens(model))
     proposed = {question: [] for question in questions}
     bar = tqdm(total=len(jobs), desc="decode", unit="grid", ascii=True, dynamic_ncols=True, disable=rank > 0)
     while parts:
         part = parts.pop()                                          # the longest first
         tokens, task, view, _ = collate([jobs[i][2] for i in part], device)
-        lengths = torch.tensor([jobs[i][2].n_prompt for i in part], device=device)
-        longest = min(MAX_OUTPUT, c.max_tokens - lengths.min().item())
+        n_prompt = torch.tensor([jobs[i][2].n_prompt for i in part], device=device)
+        longest = min(MAX_OUTPUT, c.max_tokens - n_prompt.min().item())
         try:
-            outputs = model.generate(tokens, lengths, task, view, longest).cpu().numpy()
+            outputs = model.generate(tokens, n_prompt, task, view, longest).cpu().numpy()
         except torch.OutOfMemoryError:
             if len(part) == 1:
                 raise
@@ -291,11 +308,13 @@ def rank_outputs(model, questions, proposed, rank):
 
 
 def write_submission(file, tasks, answers):
-    """The two likeliest outputs of each test input, in Kaggle's form; [[0]] takes the place of none."""
+    """The two likeliest outputs of each test input, in Kaggle's form."""
     submission = {}
     for name, task in tasks.items():
-        attempts = [(answers.get((name, i), []) + [[[0]], [[0]]])[:2] for i in range(len(task.test))]
-        submission[name] = [{"attempt_1": first, "attempt_2": second} for first, second in attempts]
+        submission[name] = []
+        for i in range(len(task.test)):
+            first, second, *_ = answers.get((name, i), []) + [NO_ANSWER, NO_ANSWER]
+            submission[name].append({"attempt_1": first, "attempt_2": second})
     save(file, submission)
 
 
@@ -304,7 +323,8 @@ def score(answers, tasks):
     count, fillers do not, and no answer is wrong. An output that is absent, None, is not asked for."""
     first, either = [], []
     for name, task in tasks.items():
-        known = [(y.tolist(), answers.get((name, i), [])) for i, (_, y) in enumerate(task.test) if y is not None]
+        known = [(y.tolist(), answers.get((name, i), []))
+                 for i, (_, y) in enumerate(task.test) if y is not None]
         if known:
             first.append(np.mean([y in attempts[:1] for y, attempts in known]))
             either.append(np.mean([y in attempts[:2] for y, attempts in known]))
@@ -315,6 +335,7 @@ def score(answers, tasks):
 
 
 def draw(title, grid):
+    """Prints a grid as rows of digits."""
     print(title, *(" ".join(map(str, row)) for row in grid), sep="\n")
 
 
@@ -322,10 +343,12 @@ def solve(c, model, names, rank=0, world=1):
     """Answers the test inputs of c.split, writes submission.json, scores it -> what result.json says of it."""
     model.eval()
     tasks, questions = read_tasks(c.data, c.split), {}
-    for n, name in enumerate(names):
-        for i, (x, _) in enumerate(tasks[name].test if name in tasks else []):
-            if pair_tokens(x, x[:1, :1]) <= c.max_tokens:           # the shortest output has one cell
-                questions[name, i] = Pair(free_colours(tasks[name], c), encode_views(n, x))
+    index = {name: n for n, name in enumerate(names)}
+    for name in [name for name in tasks if name in index]:
+        free = free_colours(tasks[name], c.permute_colours)
+        for i, (x, _) in enumerate(tasks[name].test):
+            if pair_tokens(x, ONE_CELL) <= c.max_tokens:
+                questions[name, i] = Pair(free, encode_views(index[name], x))
     mine = dict(list(questions.items())[rank::world])
     with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
         answers = rank_outputs(model, mine, propose(model, mine, c, rank), rank)
@@ -363,13 +386,13 @@ CPU = dict(d_model=128, n_head=2, n_layer=4, dropout=0.0, max_tokens=150, batch_
 CUDA = dict(d_model=768, n_head=12, n_layer=10, dropout=0.1, max_tokens=1863, batch_tokens=2**15, lr=4e-3,
             minutes=20.0, dtype="bfloat16")
 DENSE_LR = 0.2          # the dense control's best learning rate over the SPL's: see results/README.md
+# The least value of each number; none may reach a billion.
 LEAST = dict(ffn_factor=0, d_model=2, n_head=1, n_layer=1, dropout=0, repeat=1, colour_votes=1, show=0,
              seed=0, minutes=0.01, steps=0, max_tokens=5, batch_tokens=5, lr=1e-7)
 DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
 
 
-def parse(argv, saved=None):
-    """Flags -> their values; `saved`, those of an earlier run, in place of the defaults."""
+def flag_parser():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error, add, switch = refuse, parser.add_argument, argparse.BooleanOptionalAction
@@ -407,17 +430,23 @@ def parse(argv, saved=None):
     add("--device", choices=DEVICES, default=DEVICES[0], help="where to run")
     add("--dtype", choices=["float32", "bfloat16"], help="of matrix products; bfloat16 by autocast")
     add("--compile", action=switch, default=True, help="torch.compile the blocks, where that works")
+    return parser
+
+
+def parse(argv, saved=None):
+    """The flags' values; by default those `saved` by an earlier run, or what suits the device."""
+    parser = flag_parser()
     first, _ = parser.parse_known_args(argv)
     preset = dict(CUDA if first.device == "cuda" else CPU)
     if first.dense:
         preset |= {"lr": DENSE_LR * preset["lr"], "ffn_factor": 4}
     parser.set_defaults(**(saved or preset))
-    c = parser.parse_args(argv)
-
+    c, world = parser.parse_args(argv), int(os.environ.get("WORLD_SIZE", 1))
     for name, least in LEAST.items():
         if not least <= getattr(c, name) < 1e9:                     # nan is refused as well
             refuse(f"--{name.replace('_', '-')} {getattr(c, name)}: expected {least} or more, below 1e9")
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    if c.device not in DEVICES:
+        refuse(f"--device {c.device}: expected one of {DEVICES}")
     if c.dropout >= 1:
         refuse(f"--dropout {c.dropout}: expected less than 1")
     if c.d_model % (2 * c.n_head):
@@ -425,18 +454,19 @@ def parse(argv, saved=None):
     if c.batch_tokens < world * c.max_tokens:
         refuse(f"--batch-tokens {c.batch_tokens}: expected --max-tokens {c.max_tokens} for each of {world}")
     if c.dense and not c.ffn_factor:
-        refuse("--dense --no-ffn: the control has an FFN of its own; name one")
+        refuse("--dense --no-ffn: the control has an FFN of its own; leave out one of the two")
     if c.sars and (c.dense or world > 1):
         refuse("--sars: needs SPLs and one process; leave out --dense and torchrun")
+    if c.resume and c.out:
+        refuse("--resume: a run stays in its folder; leave out --out")
+    for name in ("d_model", "n_head", "n_layer", "ffn_factor", "dense", "sars"):
+        if saved and getattr(c, name) != saved[name]:
+            refuse(f"--{name.replace('_', '-')} {getattr(c, name)}: the checkpoint's model has {saved[name]}")
     c.arm = "dense" if c.dense else "ffn" if c.ffn_factor else "no-ffn"
     return c
 
 
 # ------------------------------------------------------------------------------------------ files of a run
-# What a checkpoint holds: the flags, the Config, the tasks and a hash of the pairs, how far the run is, and tensors.
-STATE = "flags", "shape", "names", "pairs", "step", "seconds", "look_at", "log", "model", "optimizer"
-
-
 def save(path, value):
     """Atomic: to a temporary file, flushed to the disk, then renamed. Tensors go into a .pt file, a list of
     dicts into a .csv file with the columns of the first, everything else into JSON."""
@@ -463,28 +493,20 @@ def load_checkpoint(file):
     """The state that a run has saved. Nothing that the file holds is executed."""
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-        return {name: state[name] for name in STATE}
+        if not {"flags", "shape", "names", "pairs", "step", "log", "optimizer"} <= state.keys():
+            raise ValueError("something is missing")
+        return state
     except Exception as fault:                      # pickle, zip and torch have errors of their own
-        reason = f"no {fault}" if isinstance(fault, KeyError) else " ".join(str(fault).split())[:200]
+        reason = " ".join(str(fault).split())[:200]
         raise InputError(f"{file}: not a checkpoint of this program: {reason}") from None
-
-
-def make_folder(c):
-    """Makes the folder of a new run -> its name. It must be new, so that no two runs can share one."""
-    kind = "eval" if c.eval else c.arm
-    out = c.out or time.strftime(f"runs/{kind}-seed{c.seed}-%Y%m%d-%H%M%S-{os.getpid()}")
-    try:
-        Path(out).mkdir(parents=True)
-    except FileExistsError:
-        refuse(f"--out {out}: is there already; name another, or go on with it: --resume {out}")
-    return out
 
 
 # ------------------------------------------------------------------------------------------ training
 LOG_EVERY, SAVE_MINUTES = 50, 5.0           # steps; minutes
 HELDOUT_EVERY = 0.04                        # share of the budget between two looks at the held-out pairs
 WARMUP, DECAY = 0.02, 0.5                   # shares of the budget
-CLIP, WEIGHT_DECAY = 1.0, 0.1               # largest gradient norm; of the blocks' matrices
+CLIP, WEIGHT_DECAY = 1.0, 0.1               # the largest gradient norm; the decay of the blocks' matrices
+SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP              # they end training after the step
 
 
 def rate(used):
@@ -515,22 +537,27 @@ def clock(c, state, stop, world):
     return shared[0].item(), shared[1].item() > 0
 
 
-def train(c, model, optimizer, pairs, heldout, state, stop, rank, world):
+def monitored(c, pairs, heldout):
+    """(What is looked at in training, as the log names it; its batches): held-out pairs or, where there are
+    none, a batch of training pairs."""
+    if not heldout:
+        return "trained", [collate(next(batches(pairs, c))[1], c.device)]
+    parts = split_by_budget([len(sample.tokens) for sample in heldout], c.batch_tokens)
+    return "heldout", [collate([heldout[i] for i in part], c.device) for part in parts]
+
+
+def train(c, model, optimizer, pairs, watched, state, stop, rank, world):
     """Trains until the budget is used or a signal is in `stop` -> whether it was the budget. `state` is kept
-    up to date, and saved."""
+    up to date (step, seconds of training, log) and saved; watched is what `monitored` returns."""
     net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     routing = set(model.routing_weights()) if c.sars else set()     # these learn from a loss of their own
     others = [p for p in model.parameters() if p not in routing]
-    if heldout:
-        parts, kind = split_by_budget([len(sample.tokens) for sample in heldout], c.batch_tokens), "heldout"
-        monitored = [collate([heldout[i] for i in part], c.device) for part in parts]
-    else:                                                   # one batch of training pairs takes their place
-        monitored, kind = [collate(next(batches(pairs, c))[1], c.device)], "trained"
+    kind, looked_at = watched
     used, stopped = clock(c, state, stop, world)
     bar = tqdm(total=100, initial=int(100 * used), bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}",
                ascii=True, dynamic_ncols=True, disable=rank > 0)
-    tokens, since, saved, shown = 0, state["seconds"], state["seconds"], ""
-    start = time.perf_counter() - state["seconds"]
+    look_at, shown, tokens, since, saved = used, "", 0, state["seconds"], state["seconds"]
+    mark = time.perf_counter()
     for epoch, batch in itertools.islice(batches(pairs, c, world), state["step"], None):
         if used >= 1 or stopped:
             break
@@ -553,8 +580,10 @@ def train(c, model, optimizer, pairs, heldout, state, stop, rank, world):
         # ----
 
         state["step"] += 1
-        state["seconds"] = time.perf_counter() - start
         tokens += sum(len(sample.tokens) for sample in batch)
+        now = time.perf_counter()
+        state["seconds"] += now - mark
+        mark = now
         used, stopped = clock(c, state, stop, world)
         last = used >= 1 or stopped
         log_due = last or state["step"] % LOG_EVERY == 0
@@ -569,29 +598,32 @@ def train(c, model, optimizer, pairs, heldout, state, stop, rank, world):
                 dist.all_reduce(loss)
             row = {"step": state["step"], "epoch": epoch, "lr": lr, "loss": loss.item() / world,
                    "grad_norm": norm.item()}
-            state["seconds"] = row["seconds"] = time.perf_counter() - start     # only now is the GPU done
-            row["tokens_per_s"] = speed = tokens / (row["seconds"] - since)
             if c.sars:
                 row["route_loss"] = route_loss.item()
-            if rank == 0 and (last or used >= state["look_at"]):
-                found = evaluate(model, monitored)
+            state["seconds"] += time.perf_counter() - mark          # only now is a GPU done
+            speed = tokens / (state["seconds"] - since)
+            row |= {"seconds": state["seconds"], "tokens_per_s": speed}
+            if rank == 0 and (last or used >= look_at):
+                found = evaluate(model, looked_at)
                 row |= {f"{kind}_{name}": value for name, value in found.items()}
                 row["pi"] = pi_score(found["loss"], found["entropy"], row["grad_norm"])
-                state["look_at"], shown = used + HELDOUT_EVERY, f", {kind} {found['loss']:.3f}"
+                shown = f", {kind} {found['loss']:.3f}"
+                look_at = used + HELDOUT_EVERY
             state["log"].append(row)
             if rank == 0:
                 save(Path(c.out, "log.csv"), state["log"])
             mfu = model.mfu(speed / world, targets.shape[1])
-            bar.set_postfix_str(f"loss {row['loss']:.3f}{shown}, {speed:.0f} tok/s"
-                                + (f", MFU {mfu:.0%}" if mfu else ""), refresh=False)
+            share = f", MFU {mfu:.0%}" if mfu else ""
+            bar.set_postfix_str(f"loss {row['loss']:.3f}{shown}, {speed:.0f} tok/s{share}", refresh=False)
             bar.update(int(100 * min(1, used)) - bar.n)
             tokens, since = 0, state["seconds"]
-            start = time.perf_counter() - state["seconds"]          # looking is not training: no time has passed
 
         # once in a while: save
         if save_due and rank == 0:
             save_checkpoint(c, model, optimizer, state)
             saved = state["seconds"]
+        if log_due or save_due:
+            mark = time.perf_counter()                              # neither looking nor saving is training
     bar.close()
     return not stopped
 
@@ -609,7 +641,7 @@ def compare(folders):
         try:
             log = np.genfromtxt(folder / "log.csv", delimiter=",", names=True)
             logs[folder] = log[np.isfinite(log["heldout_loss"])]
-            runs[folder] = read_json(folder / "result.json") | {"seed": read_json(folder / "config.json")["seed"]}
+            runs[folder] = read_json(folder / "config.json") | read_json(folder / "result.json")
         except (OSError, ValueError) as fault:
             refuse(f"{folder}: not a finished run with held-out pairs: {fault}")
     seconds = min(log["seconds"][-1] for log in logs.values())
@@ -656,35 +688,9 @@ def save_checkpoint(c, model, optimizer, state):
     save(Path(c.out, "checkpoint.pt"), state | tensors)
 
 
-def peak_gib(c):
-    """GiB of the GPU's memory that were in use at most since the last call; 0 on a CPU."""
-    if c.device == "cpu":
-        return 0.0
-    peak = torch.cuda.max_memory_allocated() / 2**30
-    torch.cuda.reset_peak_memory_stats()
-    return peak
-
-
-def restore(c, argv):
-    """The flags and the state of an earlier run, to go on with or to answer again; flags given anew count."""
-    state = load_checkpoint(c.eval or Path(c.resume, "checkpoint.pt"))
-    here = {"out": None} if c.resume else {"out": None, "device": c.device}
-    c = parse(argv, state["flags"] | here)
-    for name in state["shape"].keys() & vars(c).keys():
-        if state["shape"][name] != getattr(c, name):
-            refuse(f"the checkpoint's model has {name} {state['shape'][name]}; leave out that flag")
-    if c.resume and c.out:
-        refuse("--resume: a run stays in its folder; leave out --out")
-    return c, state
-
-
-def main(argv):
-    c, state = parse(argv), None
-    if c.compare:
-        return compare(c.compare)
-    if c.resume or c.eval:
-        c, state = restore(c, argv)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
+def set_up(c):
+    """The machine, the seed, and (rank, number) of this process among those that torchrun started."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if c.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if world > 1:
@@ -694,6 +700,19 @@ def main(argv):
     torch.manual_seed(c.seed)
     torch.set_float32_matmul_precision("high")          # TF32 where bfloat16 does not reach
     torch.backends.cuda.enable_cudnn_sdp(False)         # it plans anew for each of thousands of shapes
+    return rank, world
+
+
+def main(argv):
+    first, _ = flag_parser().parse_known_args(argv)
+    if first.compare:
+        return compare(first.compare)
+    state = saved = None
+    if first.resume or first.eval:
+        state = load_checkpoint(first.eval or Path(first.resume, "checkpoint.pt"))
+        saved = state["flags"] | {"out": None} | ({"device": first.device} if first.eval else {})
+    c = parse(argv, saved)
+    rank, world = set_up(c)
 
     # the data, and the model of the checkpoint or a new one
     names, pairs, heldout = (state["names"], [], []) if c.eval else load_data(c)
@@ -709,12 +728,15 @@ def main(argv):
     if c.resume and (state["names"], state["pairs"]) != (names, digest):
         refuse(f"{c.data} {' '.join(c.extra)}: other pairs than those that the run was trained on")
     state = state or {"names": names, "pairs": digest, "shape": shape, "step": 0, "seconds": 0.0,
-                      "look_at": 0.0, "log": []}
+                      "log": []}
 
     # the folder of the run
-    state["flags"] = {name: value for name, value in vars(c).items() if name not in ("resume", "eval", "compare")}
+    modes = "resume", "eval", "compare"
+    state["flags"] = {name: value for name, value in vars(c).items() if name not in modes}
     if rank == 0:
-        c.out = c.resume or make_folder(c)
+        kind = "eval" if c.eval else c.arm
+        c.out = c.resume or c.out or time.strftime(f"runs/{kind}-seed{c.seed}-%Y%m%d-%H%M%S-{os.getpid()}")
+        Path(c.out).mkdir(parents=True, exist_ok=bool(c.resume))        # a new folder, for this run alone
         git = subprocess.run("git describe --always --dirty", shell=True, cwd=Path(__file__).parent,
                              capture_output=True, text=True).stdout.strip()
         save(Path(c.out, "config.json"), state["flags"] | {
@@ -725,37 +747,37 @@ def main(argv):
     if not c.eval:
         budget = f"{c.steps} steps" if c.steps else f"{c.minutes:g} minutes"
         print(f"{c.arm} on {world} x {c.device}: D={c.d_model} H={c.n_head} L={c.n_layer}, {c.dtype}, "
-              f"{model.n_params() / 1e6:.2f} M parameters; {len(pairs)} pairs of at most {c.max_tokens} tokens, "
-              f"{budget}, {c.batch_tokens} tokens a step; into {c.out}")
+              f"{model.n_params() / 1e6:.2f} M parameters; {len(pairs)} pairs of at most {c.max_tokens} "
+              f"tokens, {budget}, {c.batch_tokens} tokens a step; into {c.out}")
         if rank == 0:
-            Path(c.out, "result.json").unlink(missing_ok=True)          # a run that goes on is not finished
             save_checkpoint(c, model, optimizer, state)
+            Path(c.out, "result.json").unlink(missing_ok=True)          # a run that goes on is not finished
         if c.compile and can_compile(c.device):
             compile_blocks(c, model, pairs, rank, world)
-        stop, handlers = [], {}
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:              # as it is under nohup
-                handlers[number] = signal.signal(number, lambda number, _: stop.append(number))
-        try:
-            finished = train(c, model, optimizer, pairs, heldout, state, stop, rank, world)
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+        kind, looked_at = monitored(c, pairs, heldout)
+        stop = []                       # the signals that came; one that is ignored, as under nohup, stays so
+        handlers = {number: signal.signal(number, lambda number, _: stop.append(number)) for number in SIGNALS
+                    if signal.getsignal(number) != signal.SIG_IGN}
+        finished = train(c, model, optimizer, pairs, (kind, looked_at), state, stop, rank, world)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         if not finished:
             print(f"stopped at step {state['step']}; go on with: python train_arc.py --resume {c.out}")
             return 130
-        result = state["log"][-1] | {
-            "arm": c.arm, "parameters": model.n_params(), "steps": state["step"],
-            "flops_per_token": model.flops_per_token(c.max_tokens), "training_gib": peak_gib(c)}
+        result = {"arm": c.arm, "parameters": model.n_params(), "steps": state["step"],
+                  "seconds": state["seconds"], "flops_per_token": model.flops_per_token(c.max_tokens),
+                  "training_gib": torch.cuda.max_memory_allocated() / 2**30}
         if rank == 0:
-            if heldout:
-                print("held-out: loss {heldout_loss:.4f}, {heldout_tokens:.1%} of tokens, {heldout_grids:.1%} "
-                      "of grids".format(**result))
+            found = evaluate(model, looked_at)
+            print("{}: loss {loss:.4f}, {tokens:.1%} of tokens, {grids:.1%} of grids".format(
+                "held-out" if heldout else "trained", **found))
+            result |= {f"{kind}_{name}": value for name, value in found.items()}
             save(Path(c.out, "result.json"), result)        # before the answers, which may fail
 
     # answers
     if c.score or c.eval:
-        result |= solve(c, model, names, rank, world) | {"answering_gib": peak_gib(c)}
+        result |= solve(c, model, names, rank, world)
+        result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30          # 0 without a GPU
         if rank == 0:
             save(Path(c.out, "result.json"), result)
 
