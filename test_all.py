@@ -915,12 +915,32 @@ def test_a_stopped_run_goes_on_to_the_same_weights_and_with_nothing_else(tmp_pat
     signal_in_step(monkeypatch, at, number)
     assert train_arc.main([*SMALL, *words, "--data", str(data), "--out", str(out)]) == 130
     assert saved_step(out) == at and not (out / "result.json").exists() and signal.getsignal(number) == handler
+    with pytest.raises(FileExistsError, match="stopped"):                   # no run overwrites another
+        train(data, out, *words)
     for word, value, fault in (("--repeat", 2, "other pairs than those"), ("--d-model", 16, "model has 32"),
+                               ("--ffn-factor", 1, "model has 0"), ("--n-layer", 3, "model has 2"),
                                ("--out", tmp_path / "other", "a run stays in its folder")):
         with pytest.raises(InputError, match=fault):
             resume(out, word, value)
     assert equal(resume(out, "--data", data.rename(tmp_path / "moved")), whole)
     assert read_log(out)["step"].tolist() == sorted({5, 10, 12, at})        # each once, the last as well
+
+
+def test_held_out_pairs_are_looked_at_about_25_times_and_at_the_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_arc, "LOG_EVERY", 1)
+    train(one_task_set(tmp_path / "data"), tmp_path / "out", "--steps", 100, "--no-score")
+    looks = read_log(tmp_path / "out")["step"][np.isfinite(read_log(tmp_path / "out")["heldout_loss"])]
+    assert 20 <= len(looks) <= 30 and looks[-1] == 100 and np.diff(looks).max() <= 5
+
+
+def test_a_checkpoint_of_a_gpu_is_answered_without_one_but_not_trained(learnt, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_arc, "DEVICES", ["cpu"])
+    state = torch.load(learnt[1] / "checkpoint.pt", weights_only=True)
+    state["flags"] |= {"device": "cuda", "data": str(learnt[0])}
+    torch.save(state, tmp_path / "checkpoint.pt")
+    assert train_arc.main(["--eval", str(tmp_path / "checkpoint.pt"), "--out", str(tmp_path / "out")]) is None
+    with pytest.raises(InputError, match="--device cuda: expected one of"):
+        resume(tmp_path)
 
 
 def test_the_result_is_on_disk_before_the_answers_and_not_while_the_run_goes_on(tmp_path, monkeypatch):
