@@ -345,6 +345,13 @@ def evaluate(model, batches):
 
 
 if __name__ == "__main__":
+    state = None
+    if len(sys.argv) > 1:
+        try:
+            state = torch.load(sys.argv[1], map_location="cpu", weights_only=True)
+        except Exception as fault:                  # of the file system, of pickle, zip or torch
+            print(f"error: {sys.argv[1]}: no checkpoint: {str(fault).partition('. ')[0]}", file=sys.stderr)
+            sys.exit(2)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     B, T, new = 64, 32, 40
     tokens, zero = torch.randint(10, (B, T), device=device), torch.zeros(B, device=device).long()
@@ -372,8 +379,7 @@ if __name__ == "__main__":
 
     # Both attentions in block 0, at the end of the first input of ARC's task 0d3d703e, three rows of 3 1 2.
     source, task, model = "a random model (name a checkpoint for a trained one)", 0, model.cpu()
-    if len(sys.argv) > 1:
-        state = torch.load(sys.argv[1], map_location="cpu", weights_only=True)
+    if state:
         source, task = sys.argv[1], state["names"].index("0d3d703e")
         model = Transformer(Config(**state["shape"]))
         model.load_state_dict(state["model"])

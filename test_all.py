@@ -814,7 +814,7 @@ def test_untried_tasks_are_wrong_and_unknown_outputs_do_not_count(tmp_path, caps
     assert Counter(asked[:2] for asked in model.asked) == {(n, view): 1 for n in (1, 2) for view in range(8)}
     submission = json.loads((tmp_path / "submission.json").read_text())
     assert [submission[name][0]["attempt_1"] for name in entries] == [[[1, 2]], [[3, 4]], FILLER]
-    assert "right test 0: input\n1 2\nattempt 1\n1 2\noutput\n" in shown and "wrong test 0: input" in shown
+    assert "right test 0: input\n1 2\nattempt\n1 2\noutput\n" in shown and "wrong test 0: input" in shown
     assert re.search(said, shown) and ("cannot be scored" in shown) == ("cannot be scored" in said)
 
 
@@ -915,7 +915,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights_and_with_nothing_else(tmp_pat
     signal_in_step(monkeypatch, at, number)
     assert train_arc.main([*SMALL, *words, "--data", str(data), "--out", str(out)]) == 130
     assert saved_step(out) == at and not (out / "result.json").exists() and signal.getsignal(number) == handler
-    with pytest.raises(FileExistsError, match="stopped"):                   # no run overwrites another
+    with pytest.raises(InputError, match="stopped: is there already"):                   # no run overwrites another
         train(data, out, *words)
     for word, value, fault in (("--repeat", 2, "other pairs than those"), ("--d-model", 16, "model has 32"),
                                ("--ffn-factor", 1, "model has 0"), ("--n-layer", 3, "model has 2"),
@@ -1147,7 +1147,7 @@ def test_the_comparison_prints_means_deviations_and_the_paired_difference(tmp_pa
     assert a["heldout_loss"] == "0.6 +- 0.1" and a["seconds"] == "120 +- 0" and a["pass@2"] == "0.1 +- 0.1"
     assert b["heldout_loss at 20 s"] == b["heldout_loss"] == "0.55 +- 0.13" and b["training loss"] == "1.2 +- 0.18"
     assert (b["arm"], b["n"], b["seconds to 0.700"]) == ("b", "3", "10 +- 0")
-    assert b["heldout_loss, less the first arm's"] == f"-0.0500 +- {4.30 * 0.05 / math.sqrt(3):.4f}"
+    assert b["heldout_loss, less the first arm's, 95% interval"] == f"-0.0500 +- {4.30 * 0.05 / math.sqrt(3):.4f}"
 
 
 # ------------------------------------------------------------------------------------------ the project

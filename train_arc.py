@@ -199,6 +199,8 @@ def batches(pairs, c, world=1):
 def load_data(c):
     """(ids of the tasks, pairs to train on, held-out samples). No output that is asked for is used."""
     asked = read_tasks(c.data, c.split)
+    if not Path(c.data).is_dir():
+        refuse(f"--data {c.data}: no such folder")
     if not asked:
         refuse(f"--data {c.data}: no arc-agi_{c.split}_challenges.json and no task in a folder {c.split}")
     for file in sorted(Path(c.data).glob("arc-agi_*")):
@@ -367,11 +369,12 @@ def solve(c, model, names, rank=0, world=1):
     for name, i in list(questions)[:c.show]:
         x, y = tasks[name].test[i]
         draw(f"{name} test {i}: input", x)
-        for n, grid in enumerate(answers[name, i][:2], 1):
-            draw(f"attempt {n}", grid)
-        draw("output", [] if y is None else y)
+        for grid in answers[name, i][:2] or [[["none"]]]:
+            draw("attempt", grid)
+        draw("output", [["unknown"]] if y is None else y)
     result, asked = score(answers, tasks), sum(len(task.test) for task in tasks.values())
-    print(f"{len(questions)} of {asked} test inputs were short enough and of a trained task; see {file}")
+    print(f"{len(questions)} of {asked} test inputs were short enough and of a task that the model was trained on, "
+          f"{sum(map(bool, answers.values()))} got an answer; see {file}")
     if result:
         print("{}: pass@1 {pass@1:.2%}, pass@2 {pass@2:.2%} (mean over a task's test outputs, then over the "
               "{tasks} tasks), {solved} tasks solved whole".format(c.split, **result))
@@ -496,9 +499,10 @@ def load_checkpoint(file):
         if not {"flags", "shape", "names", "pairs", "step", "log", "optimizer"} <= state.keys():
             raise ValueError("something is missing")
         return state
+    except OSError as fault:
+        refuse(f"{file}: {fault.strerror}")
     except Exception as fault:                      # pickle, zip and torch have errors of their own
-        reason = " ".join(str(fault).split())[:200]
-        raise InputError(f"{file}: not a checkpoint of this program: {reason}") from None
+        refuse(f"{file}: not a checkpoint of this program: {str(fault).partition('. ')[0][:200]}")
 
 
 # ------------------------------------------------------------------------------------------ training
@@ -653,19 +657,20 @@ def compare(folders):
         run |= {columns[2]: log["loss"][-5:].mean(), columns[3]: np.interp(seconds, log["seconds"], loss),
                 columns[4]: log["seconds"][np.argmax(loss <= target)]}
         arms.setdefault(folder.name.split("-seed")[0], {})[run["seed"]] = run
-    print("| arm | n |", " | ".join(columns), "| heldout_loss, less the first arm's |")
+    print("| arm | n |", " | ".join(columns), "| heldout_loss, less the first arm's, 95% interval |")
     print("|---" * (len(columns) + 3) + "|")
     first = next(iter(arms.values()))
     for arm, seeds in arms.items():
         cells = [arm, str(len(seeds))]
         for name in columns:
-            values = [run.get(name, math.nan) for run in seeds.values()]
-            spread = f" +- {np.std(values, ddof=1):.2g}" if len(seeds) > 1 else ""
-            cells.append(f"{np.mean(values):.4g}{spread}")
+            values = [run[name] for run in seeds.values() if name in run]
+            spread = f" +- {np.std(values, ddof=1):.2g}" if len(values) > 1 else ""
+            cells.append(f"{np.mean(values):.4g}{spread}" if values else "-")
         gaps = [seeds[x]["heldout_loss"] - first[x]["heldout_loss"] for x in seeds if x in first]
+        cells.append("-")
         if len(gaps) > 1:
             half = T95[min(len(gaps) - 1, len(T95)) - 1] * np.std(gaps, ddof=1) / math.sqrt(len(gaps))
-            cells.append(f"{np.mean(gaps):+.4f} +- {half:.4f}")
+            cells[-1] = f"{np.mean(gaps):+.4f} +- {half:.4f}"
         print("|", " | ".join(cells), "|")
 
 
@@ -731,12 +736,15 @@ def main(argv):
                       "log": []}
 
     # the folder of the run
-    modes = "resume", "eval", "compare"
-    state["flags"] = {name: value for name, value in vars(c).items() if name not in modes}
+    state["flags"] = {name: vars(c)[name] for name in vars(c).keys() - {"resume", "eval", "compare"}}
     if rank == 0:
         kind = "eval" if c.eval else c.arm
         c.out = c.resume or c.out or time.strftime(f"runs/{kind}-seed{c.seed}-%Y%m%d-%H%M%S-{os.getpid()}")
-        Path(c.out).mkdir(parents=True, exist_ok=bool(c.resume))        # a new folder, for this run alone
+        if not c.resume:
+            try:
+                Path(c.out).mkdir(parents=True)             # no other run can make it, too
+            except FileExistsError:
+                refuse(f"--out {c.out}: is there already; name another, or go on with it: --resume {c.out}")
         git = subprocess.run("git describe --always --dirty", shell=True, cwd=Path(__file__).parent,
                              capture_output=True, text=True).stdout.strip()
         save(Path(c.out, "config.json"), state["flags"] | {
