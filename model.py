@@ -182,11 +182,10 @@ class Transformer(nn.Module):
     def autocast(self):
         return torch.autocast(self.head.weight.device.type, torch.bfloat16, self.config.dtype == "bfloat16")
 
-    def parameter_groups(self, weight_decay):
-        """For an optimizer: the blocks' matrices decay; embeddings, head and vectors do not."""
-        matrices = [p for p in self.blocks.parameters() if p.ndim == 2]
-        others = [p for p in self.parameters() if p not in set(matrices)]
-        return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    def linear_maps(self):
+        """The blocks' matrices that are linear maps, W_mu and the weights of nn.Linear; W_p and W_g route."""
+        routing = set(self.routing_weights())
+        return [p for p in self.blocks.parameters() if p.ndim == 2 and p not in routing]
 
     def spls(self):
         return {name: m for name, m in self.named_modules() if isinstance(m, SparseProtoLinear)}

@@ -178,6 +178,49 @@ def routing_loss(spl, x, Y_out, real):
     return (jsd(normalized(M), normalized(G)) * real).sum() / real.sum()
 
 
+# ---- Muon: the optimizer for W_mu, and for any matrix that is a linear map; W_p and W_g want AdamW ----
+MOMENTUM, ROW_BETA = 0.95, 0.95             # of its momentum; of the lengths of its rows
+
+
+def orthogonalize(x):
+    """(N, r, c) -> matrices of the same singular vectors, with singular values near 1: five steps of the
+    Newton-Schulz iteration, with the coefficients of Jordan et al. 2024. In bfloat16 on CUDA."""
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-12)
+    x = x.bfloat16() if x.is_cuda else x
+    for _ in range(5):
+        A = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * A + 2.0315 * A @ A) @ x
+    return x
+
+
+class Muon(torch.optim.Optimizer):
+    """For matrices that are linear maps: momentum made orthogonal (Jordan et al. 2024), its rows brought to one
+    length (NorMuon, Li et al. 2025, arXiv:2510.05491). The matrices of a parameter group have one shape and are
+    taken as one stack; `orthogonal` may be a compiled `orthogonalize`."""
+
+    def __init__(self, groups, lr, weight_decay, orthogonal=orthogonalize):
+        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
+        self.orthogonal = orthogonal
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            matrices, state = group["params"], self.state[group["params"][0]]
+            grad = torch.stack([p.grad for p in matrices])                                  # (N, r, c)
+            if not state:
+                state |= {"momentum": torch.zeros_like(grad), "rows": torch.zeros_like(grad[..., :1])}
+            state["momentum"].lerp_(grad, 1 - MOMENTUM)
+            update = self.orthogonal(grad.lerp(state["momentum"], MOMENTUM)).to(grad.dtype)     # Nesterov's
+            size = update.norm(dim=(-2, -1), keepdim=True)
+            state["rows"].lerp_(update.square().mean(-1, keepdim=True), 1 - ROW_BETA)
+            update = update / state["rows"].sqrt().clamp_min(1e-12)
+            update = update * (size / update.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-12))
+            # A root mean square of 0.2 is that of AdamW's updates (Liu et al. 2025, arXiv:2502.16982).
+            update = update * (0.2 * math.sqrt(max(grad.shape[-2:])))
+            torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(matrices, list(update), alpha=-group["lr"])
+
+
 # ---- measuring, for the demos of the concept files ----
 def can_compile(device):
     """Whether torch.compile works here, tried on a tiny function; if not, one line says why. It needs a C++

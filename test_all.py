@@ -32,7 +32,8 @@ from dynsiha import DynSIHA, double_attention, rotary, rotate
 from model import (END, IGNORE, INVERSE, NL, SEP, START, Config, Sample, Transformer, advance, collate, decode_grid,
                    encode_grid, encode_prompt, encode_views, evaluate, pair_tokens, pi_score, positions,
                    sample_losses, task_loss, unpadded, view_grid)
-from spl import SparseProtoLinear, can_compile, mas_normalize, mas_reference, routing_loss, spl_reference
+from spl import (Muon, SparseProtoLinear, can_compile, mas_normalize, mas_reference, orthogonalize, routing_loss,
+                 spl_reference)
 from train_arc import InputError, Pair, Task, parse
 
 HERE = Path(train_arc.__file__).parent
@@ -265,6 +266,39 @@ def test_a_compiler_that_does_not_work_is_noticed_and_said_in_one_line(monkeypat
     assert capsys.readouterr().out.endswith("the backend raised: no C++ compiler\n")
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_muon_makes_updates_orthogonal(device):
+    """All singular values between 0.6 and 1.3, and the singular vectors kept: x times the result is symmetric."""
+    U, _, V = torch.linalg.svd(torch.randn(3, 16, 24), full_matrices=False)
+    x = ((U * torch.linspace(0.1, 1, 16)) @ V).to(device)
+    y = orthogonalize(x).float()
+    values = torch.linalg.svdvals(y)
+    assert values.min() > 0.6 and values.max() < 1.3
+    product = x @ y.mT
+    assert (product - product.mT).norm() < 0.05 * product.norm()
+
+
+def test_muon_on_stacks_equals_a_loop_over_matrices_written_out():
+    matrices = [nn.Parameter(torch.randn(4, 6, dtype=torch.float64)) for _ in range(3)]
+    expected = [p.detach().clone() for p in matrices]
+    optimizer, state = Muon([{"params": matrices}], lr=0.1, weight_decay=0.2), [[0, 0] for _ in matrices]
+    for _ in range(4):
+        for n, p in enumerate(matrices):
+            p.grad = g = torch.randn(4, 6, dtype=torch.float64)
+            m = state[n][0] = 0.95 * state[n][0] + 0.05 * g
+            x = 0.05 * g + 0.95 * m
+            x = x / x.norm()
+            for _ in range(5):
+                A = x @ x.T
+                x = 3.4445 * x - 4.7750 * A @ x + 2.0315 * A @ A @ x
+            rows = state[n][1] = 0.95 * state[n][1] + 0.05 * (x ** 2).mean(1, keepdim=True)
+            update = x / rows.sqrt()
+            update = update * x.norm() / update.norm() * 0.2 * 6 ** 0.5
+            expected[n] = expected[n] * (1 - 0.1 * 0.2) - 0.1 * update
+        optimizer.step()
+    torch.testing.assert_close([p.detach() for p in matrices], expected)
+
+
 # ------------------------------------------------------------------------------------------ dynsiha, block
 def test_dynsiha_and_its_double_attention_equal_the_formula_head_by_head_and_token_by_token():
     layer, x, rope = DynSIHA(12, 3).double(), torch.randn(2, 5, 12, dtype=torch.float64), rotary(line(2, 5), 4)
@@ -322,8 +356,13 @@ def test_a_block_has_12_D2_weights_which_decay_as_the_dense_control_and_6_f_D2_m
     assert [matrices(16, 2, f) for f in (1, 2, 4)] == [18, 24, 36]
     model = Transformer(Config(n_task=1000, d_model=16, n_head=2, n_layer=3, ffn_factor=0))
     assert model.n_params() == 3 * (12 * 16 * 16 + 4 * 16 + 16) + 16 + 14 * 16         # biases and norms counted
-    decayed, others = model.parameter_groups(0.3)
-    assert sum(p.numel() for p in decayed["params"]) == 3 * 12 * 16 * 16 and others["weight_decay"] == 0
+    for muon_lr, sizes in (0, [12, 0]), (1e-3, [8, 0, 4]):              # W_p and W_g by AdamW, W_mu by Muon
+        optimizers = train_arc.make_optimizers(Namespace(lr=1e-2, muon_lr=muon_lr), model, False)
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        assert [sum(p.numel() for p in group["params"] if p.ndim == 2 and len(p) == 16) for group in groups] == [
+            3 * 16 * 16 * size for size in sizes]
+        assert [group["weight_decay"] for group in groups] == [0.1, 0, 0.1][:len(groups)]
+        assert sum(p.numel() for group in groups for p in group["params"]) == sum(p.numel() for p in model.parameters())
 
 
 def test_dropout_cuts_both_branches_in_training_alone():
@@ -627,7 +666,7 @@ def test_tasks_that_leak_an_asked_one_are_dropped(tmp_path):
 @pytest.mark.parametrize("words", [[], ["--no-heldout"]])
 def test_what_is_trained_on_and_what_is_held_out(tmp_path, words):
     """`leaky` loses the pair that shows an asked input, and its tests. `both` is an asked task, whose outputs the
-    training file knows, as Kaggle's test file repeats some. `long` is too long, as are two pairs of `fine`."""
+    training file knows, as Kaggle's test file repeats some. `long` is too long, as are two pairs of `fine`; its test is not."""
     both, long = (made(21, 22), made(23)), [([[1] * 9], [[1] * 30])]
     data = write_set(tmp_path / "data", {
         "test": {"both": both, "asked": (made(7, 2), made(2))},
@@ -635,17 +674,44 @@ def test_what_is_trained_on_and_what_is_held_out(tmp_path, words):
                      "fine": (made(5) + long, made(6) + long)}})
     extra = write_set(tmp_path / "extra", {"training": {"fine": (made(8), made(9)), "c": (made(10), made(11))},
                                            "evaluation": {"d": (made(13), made(14)), "e": (made(2, 15), made(16))}})
-    put("not read", extra, "arc-agi_training_solutions.json")
     names, pairs, heldout = train_arc.load_data(flags(
         "--data", data, "--split", "test", "--repeat", 2, "--max-tokens", 30, "--extra", extra, *words))
-    shown = {"leaky": [1, 3], "both": [21, 22] * 2, "fine": [5], "asked": [7, 2] * 2, "c": [10], "d": [13]}
+    shown = {"leaky": [1, 3], "both": [21, 22] * 2} | ({"long": [12]} if words else {})
+    shown |= {"fine": [5, 6] if words else [5], "asked": [7, 2] * 2, "c": [10, 11], "d": [13, 14]}
     trained = [(name, *made(n)[0]) for name in shown for n in shown[name]]
-    fine = [("fine", *made(6)[0])]
     for view in range(8):
         samples = [pair.views[view] for pair in pairs]
-        assert [(names[sample.task], *spelled(sample)) for sample in samples] == trained + (fine if words else [])
-    assert [(names[sample.task], *spelled(sample)) for sample in heldout] == ([] if words else fine)
+        assert [(names[sample.task], *spelled(sample)) for sample in samples] == trained
+    assert [(names[sample.task], *spelled(sample)) for sample in heldout] == ([] if words else [("fine", *made(6)[0])])
     assert names == [*shown] and {sample.view for sample in heldout} <= {0}     # unturned, and in true colours
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_generated_pairs_reach_training_tasks_that_are_not_held_out_and_no_asked_one(tmp_path, zipped):
+    """`twin` is the asked task under another id. Of the others, b and d stand for the asked ones, and are repeated."""
+    training = {name: (made(n), made(n + 50)) for n, name in enumerate("abcd", 1)} | {"twin": (made(9, 8), made(6))}
+    data = write_set(tmp_path / "data", {"training": training, "evaluation": {"asked": (made(8, 9), made(7))}})
+    for n, name in enumerate([*training, "asked", "other"], 10):
+        pairs = [{"input": x, "output": y} for x, y in made(n, 7, n + 10, n + 20)]      # 7 is an asked input
+        put(json.dumps(pairs), tmp_path / "re_arc/tasks", f"{name}.json")
+    extra = shutil.make_archive(tmp_path / "re_arc", "zip", tmp_path, "re_arc") if zipped else tmp_path / "re_arc"
+    words = "--data", data, "--extra", extra, "--generated", 3, "--repeat", 2
+    names, pairs, heldout = train_arc.load_data(flags(*words))
+    shown = {"a": [1, 51, 10, 20], "b": [2, 2], "c": [3, 53, 12, 22], "d": [4, 4], "twin": [9, 8], "asked": [8, 9] * 2}
+    trained = [(names[pair.views[0].task], *spelled(pair.views[0])) for pair in pairs]
+    assert trained == [(name, *made(n)[0]) for name in shown for n in shown[name]]
+    assert [(names[sample.task], *spelled(sample)) for sample in heldout] == [
+        ("b", *made(52)[0]), ("d", *made(54)[0])]
+    assert len(train_arc.load_data(flags(*words, "--no-heldout"))[1]) == 4 * 4 + 2 + 4
+
+
+def test_the_shipped_pairs_are_read_and_the_twin_of_an_evaluation_task_gets_none():
+    generated = train_arc.read_extra(HERE / "data/re-arc.zip")[1]
+    assert len(generated) == 400 and {len(pairs) for pairs in generated.values()} == {60}
+    words = "--data", ARC1, "--extra", HERE / "data/re-arc.zip", "--no-heldout"
+    names, pairs, _ = train_arc.load_data(flags(*words))
+    more = Counter(names[pair.views[0].task] for pair in pairs)
+    assert sum(n > 20 for n in more.values()) > 190 and more["40853293"] <= 2
 
 
 # ------------------------------------------------------------------------------------------ batches: colours, epochs
@@ -825,7 +891,10 @@ def literal_run(data, clip, *words):
     names, pairs, heldout = train_arc.load_data(c)
     torch.manual_seed(c.seed)
     model = Transformer(Config(n_task=len(names), d_model=32, n_head=2, n_layer=2, ffn_factor=0, dropout=c.dropout))
-    optimizer, history = torch.optim.AdamW(model.parameter_groups(0.1), betas=(0.9, 0.95), fused=True), []
+    decayed = [p for p in model.blocks.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if id(p) not in map(id, decayed)]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer, history = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True), []
     routing = [p for name, p in model.named_parameters() if c.sars and ("proto" in name or "gate" in name)]
     task = [p for p in model.parameters() if id(p) not in map(id, routing)]
     for step, (_, batch) in zip(range(c.steps), train_arc.batches(pairs, c)):
@@ -910,7 +979,8 @@ def resume(out, *words):
 @pytest.mark.parametrize("number, at", [(signal.SIGINT, 9), (signal.SIGTERM, 1), (signal.SIGHUP, 4)])
 def test_a_stopped_run_goes_on_to_the_same_weights_and_with_nothing_else(tmp_path, monkeypatch, number, at):
     monkeypatch.setattr(train_arc, "LOG_EVERY", 5)
-    data, out, words = one_task_set(tmp_path / "data"), tmp_path / "stopped", [*FAST, "--dropout", "0.1"]
+    words = [*FAST, "--dropout", "0.1", "--muon-lr", "4e-3"]
+    data, out = one_task_set(tmp_path / "data"), tmp_path / "stopped"
     whole, handler = train(data, tmp_path / "whole", *words), signal.getsignal(number)
     signal_in_step(monkeypatch, at, number)
     assert train_arc.main([*SMALL, *words, "--data", str(data), "--out", str(out)]) == 130
@@ -1079,7 +1149,7 @@ def test_a_run_goes_on_without_a_compiler_a_terminal_for_its_letters_and_a_reade
     data, out, cache = one_task_set(tmp_path / "data"), tmp_path / "Läufe", str(tmp_path / "cache")
     environment = os.environ | {"CXX": "false", "TORCHINDUCTOR_CACHE_DIR": cache, "PYTHONIOENCODING": "ascii"}
     run = script(*SMALL, *FAST, "--compile", "--data", data, "--out", out, env=environment)
-    assert "L\\xe4ufe" in run.stdout.readline() and "torch.compile does not work here" in run.stdout.readline()
+    assert "torch.compile does not work here" in run.stdout.readline() and "L\\xe4ufe" in run.stdout.readline()
     run.stdout.close()
     run.stderr.close()
     assert run.wait() == 0 and (out / "result.json").exists()

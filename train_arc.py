@@ -20,10 +20,13 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import zipfile
 from collections import namedtuple
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -39,7 +42,7 @@ from tqdm import tqdm
 from model import (INVERSE, MAX_OUTPUT, MAX_SIDE, N_VIEW, N_VOCAB, Config, Transformer, collate, decode_grid,
                    encode_grid, encode_views, evaluate, pair_tokens, pi_score, sample_losses, task_loss,
                    train_routing, view_grid)
-from spl import can_compile
+from spl import Muon, can_compile, orthogonalize
 
 
 class InputError(ValueError):
@@ -126,6 +129,15 @@ def read_tasks(folder, split, solved=False, faults=None):
     return tasks
 
 
+def read_pairs(file):
+    """[(input, output), ...] of one of RE-ARC's files."""
+    try:
+        pairs = json.loads(file.read_bytes())
+        return [(read_grid(pair["input"]), read_grid(pair["output"])) for pair in pairs]
+    except (KeyError, TypeError, ValueError, RecursionError) as fault:
+        raise InputError(f"{file}: {'no ' if isinstance(fault, KeyError) else ''}{fault}") from None
+
+
 def key(grid):
     """Equal for equal grids, to look them up in a set."""
     return grid.shape, grid.tobytes()
@@ -196,8 +208,30 @@ def batches(pairs, c, world=1):
             yield epoch, [samples[i] for i in parts[n]]
 
 
+def read_extra(path):
+    """({id: Task}, {id: [(input, output), ...]}) of a folder or zip: tasks, as --data takes them, and generated
+    pairs in RE-ARC's layout: tasks/ID.json, each a list of pairs."""
+    with tempfile.TemporaryDirectory() as unpacked:
+        folder = Path(path)
+        if zipfile.is_zipfile(path):
+            shutil.unpack_archive(path, unpacked, "zip")
+            folder = Path(unpacked)
+        generated = {file.stem: read_pairs(file) for file in sorted(folder.rglob("tasks/[!.]*.json"))}
+        tasks = {}
+        for split in () if generated else SPLITS:
+            tasks |= read_tasks(folder, split, solved=True)
+    if not tasks and not generated:
+        refuse(f"--extra {path}: no tasks there; expected a folder or zip as --data takes it, or RE-ARC's")
+    return tasks, generated
+
+
 def load_data(c):
-    """(ids of the tasks, pairs to train on, held-out samples). No output that is asked for is used."""
+    """(ids of the tasks, pairs to train on, held-out samples). No output that is asked for is used.
+
+    Under --heldout the tests of the training split are held out. Generated pairs would spoil those of their own
+    tasks: where there are any, every second training task gets none and stands for the asked ones, its tests
+    alone are held out, and its demonstrations are shown as often as theirs.
+    """
     asked = read_tasks(c.data, c.split)
     if not Path(c.data).is_dir():
         refuse(f"--data {c.data}: no such folder")
@@ -207,36 +241,44 @@ def load_data(c):
         if not any(file.match(f"arc-agi_{split}_*.json") for split in ("training", c.split)):
             print(f"{file} is not used")
     tasks = read_tasks(c.data, "training", solved=True)
-    own = without_leaks(tasks, asked)           # the tests of the others are left alone
+    sure = without_leaks(tasks, asked)          # whose tests, and generated pairs, give nothing away
     tasks |= asked                              # an asked task leaves the training split
-    for folder in c.extra:
-        found = {name: task for split in SPLITS for name, task in read_tasks(folder, split).items()}
-        if not found:
-            refuse(f"--extra {folder}: no tasks there; expected a folder as --data takes it")
+    hidden, repeated, more = set(sure) if c.heldout else set(), set(asked), {name: [] for name in sure}
+    half = set(sorted(sure)[1::2])
+    for path in c.extra:
+        found, generated = read_extra(path)
         new = {name: task for name, task in without_leaks(found, asked).items() if name not in tasks}
-        print(f"{folder}: {len(new)} of {len(found)} tasks are new, the others are dropped")
-        tasks |= new
+        tasks, sure = tasks | new, sure | new
+        if generated:
+            hidden &= half
+            repeated |= hidden
+        known = more.keys() & generated.keys() - hidden
+        for name in known:
+            more[name] += generated[name][:c.generated]
+        print(f"{path}: {len(new)} new tasks of {len(found)}, generated pairs for {len(known)} tasks of "
+              f"{len(generated)}; the others are dropped")
 
     names, pairs, heldout = [], [], []
     asked_inputs = {key(x) for task in asked.values() for x, _ in task.test}
     for name, task in tasks.items():
-        free, demos = free_colours(task, c.permute_colours), []
-        for x, y in task.train:
+        free, demos, tests = free_colours(task, c.permute_colours), task.train, []
+        if name in sure:
+            tests = [(x, y) for x, y in task.test if y is not None and pair_tokens(x, y) <= c.max_tokens]
+        if name not in hidden:
+            demos = demos + tests + more.get(name, [])
+        shown = []
+        for x, y in demos:
             leaks = name not in asked and key(x) in asked_inputs
             if pair_tokens(x, y) <= c.max_tokens and not leaks:
-                demos.append(Pair(free, encode_views(len(names), x, y)))
-        if not demos:
-            continue
-        pairs += demos * (c.repeat if name in asked else 1)
-        for x, y in task.test if name in own else []:
-            if y is not None and pair_tokens(x, y) <= c.max_tokens:
-                heldout.append(Pair(free, encode_views(len(names), x, y)))
-        names.append(name)
+                shown.append(Pair(free, encode_views(len(names), x, y)))
+        if shown:
+            pairs += shown * (c.repeat if name in repeated else 1)
+            if name in hidden:                  # unturned and in true colours
+                heldout += [encode_views(len(names), x, y)[0] for x, y in tests]
+            names.append(name)
     if not pairs:
         refuse(f"--data {c.data}: no pair of at most {c.max_tokens} tokens; raise --max-tokens")
-    if not c.heldout:
-        return names, pairs + heldout, []
-    return names, pairs, [pair.views[0] for pair in heldout]        # unturned and in true colours
+    return names, pairs, heldout
 
 
 # ------------------------------------------------------------------------------------------ answers
@@ -373,8 +415,8 @@ def solve(c, model, names, rank=0, world=1):
             draw("attempt", grid)
         draw("output", [["unknown"]] if y is None else y)
     result, asked = score(answers, tasks), sum(len(task.test) for task in tasks.values())
-    print(f"{len(questions)} of {asked} test inputs were short enough and of a task that the model was trained on, "
-          f"{sum(map(bool, answers.values()))} got an answer; see {file}")
+    print(f"{len(questions)} of {asked} test inputs were short enough and of a task that the model was trained "
+          f"on, {sum(map(bool, answers.values()))} got an answer; see {file}")
     if result:
         print("{}: pass@1 {pass@1:.2%}, pass@2 {pass@2:.2%} (mean over a task's test outputs, then over the "
               "{tasks} tasks), {solved} tasks solved whole".format(c.split, **result))
@@ -391,7 +433,7 @@ CUDA = dict(d_model=768, n_head=12, n_layer=10, dropout=0.1, max_tokens=1863, ba
 DENSE_LR = 0.2          # the dense control's best learning rate over the SPL's: see results/README.md
 # The least value of each number; none may reach a billion.
 LEAST = dict(ffn_factor=0, d_model=2, n_head=1, n_layer=1, dropout=0, repeat=1, colour_votes=1, show=0,
-             seed=0, minutes=0.01, steps=0, max_tokens=5, batch_tokens=5, lr=1e-7)
+             seed=0, minutes=0.01, steps=0, max_tokens=5, batch_tokens=5, lr=1e-7, muon_lr=0, generated=0)
 DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
 
 
@@ -412,7 +454,8 @@ def flag_parser():
     add("--dropout", type=float, help="dropout on each branch, in training")
     # data and answers
     add("--data", default="data/arc-agi-1", help="folder of the task set, as Kaggle or GitHub has it")
-    add("--extra", nargs="+", default=[], help="folders of more tasks to train on; asked ones are dropped")
+    add("--extra", nargs="+", default=[], help="folders or zips of more tasks or, as RE-ARC has them, pairs")
+    add("--generated", type=int, default=60, help="pairs to take from RE-ARC for each task, at most")
     add("--split", default="evaluation", choices=SPLITS[1:], help="split to answer")
     add("--heldout", action=switch, default=True, help="hold out the training split's test pairs")
     add("--permute-colours", action=switch, default=True, help="permute the colours of a task")
@@ -427,7 +470,8 @@ def flag_parser():
     add("--steps", type=int, default=0, help="training budget in steps, in place of minutes")
     add("--max-tokens", type=int, help="longest pair to train on; longer test pairs count as wrong")
     add("--batch-tokens", type=int, help="tokens per batch over all processes, padding included")
-    add("--lr", type=float, help=f"peak learning rate; times {DENSE_LR} by default under --dense")
+    add("--lr", type=float, help=f"peak learning rate of AdamW; times {DENSE_LR} by default under --dense")
+    add("--muon-lr", type=float, default=0.0, help="that of Muon, for the linear maps; 0: AdamW for all")
     add("--sars", action="store_true", help="train W_p and W_g by the routing loss of SARS alone")
     # machine
     add("--device", choices=DEVICES, default=DEVICES[0], help="where to run")
@@ -496,7 +540,7 @@ def load_checkpoint(file):
     """The state that a run has saved. Nothing that the file holds is executed."""
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-        if not {"flags", "shape", "names", "pairs", "step", "log", "optimizer"} <= state.keys():
+        if not {"flags", "shape", "names", "pairs", "step", "log", "optimizers"} <= state.keys():
             raise ValueError("something is missing")
         return state
     except OSError as fault:
@@ -520,6 +564,27 @@ def rate(used):
     if used > 1 - DECAY:
         return max(0.0, 1 - used) / DECAY
     return 1.0
+
+
+def make_optimizers(c, model, compiled):
+    """[AdamW] or, with --muon-lr, [AdamW, Muon for the linear maps]. The blocks' matrices decay; embeddings,
+    head and vectors do not. A group's peak_lr is the rate before warm-up and decay."""
+    maps = model.linear_maps() if c.muon_lr else []
+    rest = [p for p in model.parameters() if p not in set(maps)]
+    decaying = {p for p in model.blocks.parameters() if p.ndim == 2}
+    groups = [{"params": [p for p in rest if p in decaying], "weight_decay": WEIGHT_DECAY},
+              {"params": [p for p in rest if p not in decaying], "weight_decay": 0.0}]
+    optimizers = [torch.optim.AdamW(groups, c.lr, betas=(0.9, 0.95), fused=True)]
+    if maps:
+        shapes = {p.shape: [] for p in maps}
+        for p in maps:
+            shapes[p.shape].append(p)
+        orthogonal = torch.compile(orthogonalize) if compiled else orthogonalize
+        stacks = [{"params": stack} for stack in shapes.values()]
+        optimizers.append(Muon(stacks, c.muon_lr, WEIGHT_DECAY, orthogonal))
+    for group in itertools.chain(*(optimizer.param_groups for optimizer in optimizers)):
+        group["peak_lr"] = group["lr"]
+    return optimizers
 
 
 def compile_blocks(c, model, pairs, rank, world):
@@ -550,13 +615,13 @@ def monitored(c, pairs, heldout):
     return "heldout", [collate([heldout[i] for i in part], c.device) for part in parts]
 
 
-def train(c, model, optimizer, pairs, watched, state, stop, rank, world):
+def train(c, model, optimizers, pairs, kind, looked_at, state, stop, rank, world):
     """Trains until the budget is used or a signal is in `stop` -> whether it was the budget. `state` is kept
-    up to date (step, seconds of training, log) and saved; watched is what `monitored` returns."""
+    up to date (step, seconds of training, log) and saved; kind and looked_at are what `monitored` returns."""
     net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     routing = set(model.routing_weights()) if c.sars else set()     # these learn from a loss of their own
     others = [p for p in model.parameters() if p not in routing]
-    kind, looked_at = watched
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     used, stopped = clock(c, state, stop, world)
     bar = tqdm(total=100, initial=int(100 * used), bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}",
                ascii=True, dynamic_ncols=True, disable=rank > 0)
@@ -567,9 +632,8 @@ def train(c, model, optimizer, pairs, watched, state, stop, rank, world):
             break
 
         # ---- the step
-        lr = c.lr * rate(used)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        for group in groups:
+            group["lr"] = group["peak_lr"] * rate(used)
         torch.manual_seed((c.seed << 32) + state["step"] * world + rank)        # what dropout follows from
         *inputs, targets = collate(batch[rank::world], c.device)
         n_targets = sum(len(sample.tokens) - sample.n_prompt + 1 for sample in batch)
@@ -579,8 +643,9 @@ def train(c, model, optimizer, pairs, watched, state, stop, rank, world):
         if c.sars:
             route_loss = train_routing(model, seen, targets, CLIP)
         norm = nn.utils.clip_grad_norm_(others, CLIP)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         # ----
 
         state["step"] += 1
@@ -594,14 +659,14 @@ def train(c, model, optimizer, pairs, watched, state, stop, rank, world):
         save_due = last or state["seconds"] - saved > 60 * SAVE_MINUTES
         if (log_due or save_due) and not norm.isfinite():
             refuse(f"step {state['step']}: loss {loss.item():g}, gradient norm {norm.item():g}, learning rate "
-                   f"{lr:.2g}; a lower --lr may help; the last checkpoint is kept")
+                   f"{groups[0]['lr']:.2g}; a lower --lr may help; the last checkpoint is kept")
 
         # once in a while: log
         if log_due:
             if world > 1:
                 dist.all_reduce(loss)
-            row = {"step": state["step"], "epoch": epoch, "lr": lr, "loss": loss.item() / world,
-                   "grad_norm": norm.item()}
+            row = {"step": state["step"], "epoch": epoch, "lr": groups[0]["lr"],
+                   "loss": loss.item() / world, "grad_norm": norm.item()}
             if c.sars:
                 row["route_loss"] = route_loss.item()
             state["seconds"] += time.perf_counter() - mark          # only now is a GPU done
@@ -624,7 +689,7 @@ def train(c, model, optimizer, pairs, watched, state, stop, rank, world):
 
         # once in a while: save
         if save_due and rank == 0:
-            save_checkpoint(c, model, optimizer, state)
+            save_checkpoint(c, model, optimizers, state)
             saved = state["seconds"]
         if log_due or save_due:
             mark = time.perf_counter()                              # neither looking nor saving is training
@@ -688,8 +753,8 @@ def fall_silent(stream):
     stream.write = write_if_read
 
 
-def save_checkpoint(c, model, optimizer, state):
-    tensors = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+def save_checkpoint(c, model, optimizers, state):
+    tensors = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
     save(Path(c.out, "checkpoint.pt"), state | tensors)
 
 
@@ -706,6 +771,21 @@ def set_up(c):
     torch.set_float32_matmul_precision("high")          # TF32 where bfloat16 does not reach
     torch.backends.cuda.enable_cudnn_sdp(False)         # it plans anew for each of thousands of shapes
     return rank, world
+
+
+def make_folder(c, argv, flags):
+    """Makes the folder of a new run, which no other run can make, too, and writes config.json."""
+    kind = "eval" if c.eval else c.arm
+    c.out = c.resume or c.out or time.strftime(f"runs/{kind}-seed{c.seed}-%Y%m%d-%H%M%S-{os.getpid()}")
+    if not c.resume:
+        try:
+            Path(c.out).mkdir(parents=True)
+        except FileExistsError:
+            refuse(f"--out {c.out}: is there already; name another, or go on with it: --resume {c.out}")
+    git = subprocess.run("git describe --always --dirty", shell=True, cwd=Path(__file__).parent,
+                         capture_output=True, text=True).stdout.strip()
+    more = {"out": c.out, "command": argv, "git": git, "torch": torch.__version__}
+    save(Path(c.out, "config.json"), flags | more)
 
 
 def main(argv):
@@ -726,29 +806,20 @@ def main(argv):
         "n_task": len(names), "d_model": c.d_model, "n_head": c.n_head, "n_layer": c.n_layer,
         "dense": c.dense, "ffn_factor": c.ffn_factor}
     model = Transformer(Config(**shape, dropout=c.dropout, dtype=c.dtype)).to(c.device)
-    optimizer = torch.optim.AdamW(model.parameter_groups(WEIGHT_DECAY), c.lr, betas=(0.9, 0.95), fused=True)
+    compiled = c.compile and not c.eval and can_compile(c.device)
+    optimizers = make_optimizers(c, model, compiled)
     if state:
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, tensors in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict(tensors)
     if c.resume and (state["names"], state["pairs"]) != (names, digest):
         refuse(f"{c.data} {' '.join(c.extra)}: other pairs than those that the run was trained on")
     state = state or {"names": names, "pairs": digest, "shape": shape, "step": 0, "seconds": 0.0,
                       "log": []}
 
-    # the folder of the run
     state["flags"] = {name: vars(c)[name] for name in vars(c).keys() - {"resume", "eval", "compare"}}
     if rank == 0:
-        kind = "eval" if c.eval else c.arm
-        c.out = c.resume or c.out or time.strftime(f"runs/{kind}-seed{c.seed}-%Y%m%d-%H%M%S-{os.getpid()}")
-        if not c.resume:
-            try:
-                Path(c.out).mkdir(parents=True)             # no other run can make it, too
-            except FileExistsError:
-                refuse(f"--out {c.out}: is there already; name another, or go on with it: --resume {c.out}")
-        git = subprocess.run("git describe --always --dirty", shell=True, cwd=Path(__file__).parent,
-                             capture_output=True, text=True).stdout.strip()
-        save(Path(c.out, "config.json"), state["flags"] | {
-            "out": c.out, "command": argv, "git": git, "torch": torch.__version__})
+        make_folder(c, argv, state["flags"])
 
     # training
     result = {}
@@ -758,15 +829,15 @@ def main(argv):
               f"{model.n_params() / 1e6:.2f} M parameters; {len(pairs)} pairs of at most {c.max_tokens} "
               f"tokens, {budget}, {c.batch_tokens} tokens a step; into {c.out}")
         if rank == 0:
-            save_checkpoint(c, model, optimizer, state)
+            save_checkpoint(c, model, optimizers, state)
             Path(c.out, "result.json").unlink(missing_ok=True)          # a run that goes on is not finished
-        if c.compile and can_compile(c.device):
+        if compiled:
             compile_blocks(c, model, pairs, rank, world)
         kind, looked_at = monitored(c, pairs, heldout)
         stop = []                       # the signals that came; one that is ignored, as under nohup, stays so
         handlers = {number: signal.signal(number, lambda number, _: stop.append(number)) for number in SIGNALS
                     if signal.getsignal(number) != signal.SIG_IGN}
-        finished = train(c, model, optimizer, pairs, (kind, looked_at), state, stop, rank, world)
+        finished = train(c, model, optimizers, pairs, kind, looked_at, state, stop, rank, world)
         for number, handler in handlers.items():
             signal.signal(number, handler)
         if not finished:
