@@ -672,7 +672,8 @@ def test_what_is_trained_on_and_what_is_held_out(tmp_path, words):
         "test": {"both": both, "asked": (made(7, 2), made(2))},
         "training": {"leaky": (made(1, 2, 3), made(4)), "both": both, "long": (long, made(12)),
                      "fine": (made(5) + long, made(6) + long)}})
-    extra = write_set(tmp_path / "extra", {"training": {"fine": (made(8), made(9)), "c": (made(10), made(11))},
+    extra = write_set(tmp_path / "extra", {"training": {"fine": (made(8), made(9)), "c": (made(10), made(11)),
+                                                        **({} if words else {"fine's test": (made(17, 6), made(18))})},
                                            "evaluation": {"d": (made(13), made(14)), "e": (made(2, 15), made(16))}})
     names, pairs, heldout = train_arc.load_data(flags(
         "--data", data, "--split", "test", "--repeat", 2, "--max-tokens", 30, "--extra", extra, *words))

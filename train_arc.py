@@ -247,7 +247,8 @@ def load_data(c):
     half = set(sorted(sure)[1::2])
     for path in c.extra:
         found, generated = read_extra(path)
-        new = {name: task for name, task in without_leaks(found, asked).items() if name not in tasks}
+        unseen = asked | {name: tasks[name] for name in hidden}
+        new = {name: task for name, task in without_leaks(found, unseen).items() if name not in tasks}
         tasks, sure = tasks | new, sure | new
         if generated:
             hidden &= half
@@ -570,7 +571,8 @@ def make_optimizers(c, model, compiled):
     """[AdamW] or, with --muon-lr, [AdamW, Muon for the linear maps]. The blocks' matrices decay; embeddings,
     head and vectors do not. A group's peak_lr is the rate before warm-up and decay."""
     maps = model.linear_maps() if c.muon_lr else []
-    rest = [p for p in model.parameters() if p not in set(maps)]
+    mapped = set(maps)
+    rest = [p for p in model.parameters() if p not in mapped]
     decaying = {p for p in model.blocks.parameters() if p.ndim == 2}
     groups = [{"params": [p for p in rest if p in decaying], "weight_decay": WEIGHT_DECAY},
               {"params": [p for p in rest if p not in decaying], "weight_decay": 0.0}]
