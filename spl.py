@@ -15,6 +15,7 @@ Cost      3·D_in·D_out multiply-adds, of which the routing is two thirds.
 Source    SPL is the layer of Tiny-ONN, github.com/dmf-archive/Tiny-ONN; written anew from its equations.
 Copy      this file alone; it needs torch. Use it like nn.Linear, on normalized inputs: cost does not shrink
           with x as the match does. With one output the mask is 0 or 1 and no routing is learned.
+Train     W_p and W_g by AdamW at a high rate (4e-3), W_mu with them or, better, by Muon, which is below.
 Run       python spl.py
 """
 
