@@ -1255,9 +1255,10 @@ def commands(text, folder):
     return [line.split("\0")[:-1] for line in (folder / "record").read_text().split("\n\0")[:-1]]
 
 
-def test_the_commands_of_the_readme_parse_and_name_files_that_exist(tmp_path):
-    found = commands((HERE / "README.md").read_text(), tmp_path)
-    assert ["pytest", "-q", "test_all.py"] in found and any("train_arc.py" in words for words in found)
+def test_the_commands_of_the_readmes_parse_and_name_files_that_exist(tmp_path):
+    found = commands((HERE / "README.md").read_text() + (HERE / "results/README.md").read_text(), tmp_path)
+    assert ["pytest", "-q", "test_all.py"] in found and "pytest -q test_all.py" in (HERE / ".ci/run").read_text()
+    assert any("train_arc.py" in words for words in found)
     for words in found:
         assert all((HERE / word).exists() for word in words if re.fullmatch(r"[\w./-]+\.(py|txt)", word)), words
         if "train_arc.py" in words and not {"--help", "--resume", "--eval", "--compare"} & set(words):
