@@ -14,6 +14,8 @@ Run       python model.py [checkpoint of train_arc.py]
 """
 
 import math
+import pickle
+import struct
 import sys
 from collections import Counter, namedtuple
 from contextlib import contextmanager
@@ -343,13 +345,29 @@ def evaluate(model, batches):
     return {name: float(total / n[per.get(name, "real")]) for name, total in sums.items()}
 
 
+def load_checkpoint(file):
+    """What a run of train_arc.py has saved in `file`; nothing that it holds is executed. ValueError names the
+    file and the fault."""
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        if not {"flags", "shape", "names", "pairs", "step", "seconds", "log", "model", "optimizers"} <= state.keys():
+            raise ValueError("something is missing")
+    except OSError as fault:
+        raise ValueError(f"{file}: {fault.strerror}") from None
+    except (pickle.UnpicklingError, struct.error, RuntimeError, EOFError, LookupError, ValueError, TypeError,
+            AttributeError) as fault:                           # all that torch.load raises over a broken file
+        reason = str(fault).partition(". ")[0][:200] or type(fault).__name__
+        raise ValueError(f"{file}: not a checkpoint of this program: {reason}") from None
+    return state
+
+
 if __name__ == "__main__":
     state = None
     if len(sys.argv) > 1:
         try:
-            state = torch.load(sys.argv[1], map_location="cpu", weights_only=True)
-        except Exception as fault:                  # of the file system, of pickle, zip or torch
-            print(f"error: {sys.argv[1]}: no checkpoint: {str(fault).partition('. ')[0]}", file=sys.stderr)
+            state = load_checkpoint(sys.argv[1])
+        except ValueError as fault:
+            print(f"error: {fault}", file=sys.stderr)
             sys.exit(2)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     B, T, new = 64, 32, 40

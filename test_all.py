@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import train_arc
 from block import Block
 from dynsiha import DynSIHA, double_attention, rotary, rotate
-from model import (END, IGNORE, INVERSE, NL, SEP, START, Config, Sample, Transformer, advance, collate, decode_grid,
+from model import (END, IGNORE, INVERSE, NL, SEP, START, Config, Transformer, advance, collate, decode_grid,
                    encode_grid, encode_prompt, encode_views, evaluate, pair_tokens, pi_score, positions,
                    sample_losses, task_loss, unpadded, view_grid)
 from spl import (Muon, SparseProtoLinear, can_compile, mas_normalize, mas_reference, orthogonalize, routing_loss,
@@ -666,7 +666,8 @@ def test_tasks_that_leak_an_asked_one_are_dropped(tmp_path):
 @pytest.mark.parametrize("words", [[], ["--no-heldout"]])
 def test_what_is_trained_on_and_what_is_held_out(tmp_path, words):
     """`leaky` loses the pair that shows an asked input, and its tests. `both` is an asked task, whose outputs the
-    training file knows, as Kaggle's test file repeats some. `long` is too long, as are two pairs of `fine`; its test is not."""
+    training file knows, as Kaggle's test file repeats some. `long` is too long but for its test, as are two pairs of
+    `fine`."""
     both, long = (made(21, 22), made(23)), [([[1] * 9], [[1] * 30])]
     data = write_set(tmp_path / "data", {
         "test": {"both": both, "asked": (made(7, 2), made(2))},

@@ -29,7 +29,6 @@ import time
 import zipfile
 from collections import namedtuple
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -40,8 +39,8 @@ from torch import nn
 from tqdm import tqdm
 
 from model import (INVERSE, MAX_OUTPUT, MAX_SIDE, N_VIEW, N_VOCAB, Config, Transformer, collate, decode_grid,
-                   encode_grid, encode_views, evaluate, pair_tokens, pi_score, sample_losses, task_loss,
-                   train_routing, view_grid)
+                   encode_grid, encode_views, evaluate, load_checkpoint, pair_tokens, pi_score, sample_losses,
+                   task_loss, train_routing, view_grid)
 from spl import Muon, can_compile, orthogonalize
 
 
@@ -232,9 +231,9 @@ def load_data(c):
     tasks: where there are any, every second training task gets none and stands for the asked ones, its tests
     alone are held out, and its demonstrations are shown as often as theirs.
     """
-    asked = read_tasks(c.data, c.split)
     if not Path(c.data).is_dir():
         refuse(f"--data {c.data}: no such folder")
+    asked = read_tasks(c.data, c.split)
     if not asked:
         refuse(f"--data {c.data}: no arc-agi_{c.split}_challenges.json and no task in a folder {c.split}")
     for file in sorted(Path(c.data).glob("arc-agi_*")):
@@ -537,19 +536,6 @@ def save(path, value):
         temporary.unlink(missing_ok=True)
 
 
-def load_checkpoint(file):
-    """The state that a run has saved. Nothing that the file holds is executed."""
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        if not {"flags", "shape", "names", "pairs", "step", "log", "optimizers"} <= state.keys():
-            raise ValueError("something is missing")
-        return state
-    except OSError as fault:
-        refuse(f"{file}: {fault.strerror}")
-    except Exception as fault:                      # pickle, zip and torch have errors of their own
-        refuse(f"{file}: not a checkpoint of this program: {str(fault).partition('. ')[0][:200]}")
-
-
 # ------------------------------------------------------------------------------------------ training
 LOG_EVERY, SAVE_MINUTES = 50, 5.0           # steps; minutes
 HELDOUT_EVERY = 0.04                        # share of the budget between two looks at the held-out pairs
@@ -796,7 +782,10 @@ def main(argv):
         return compare(first.compare)
     state = saved = None
     if first.resume or first.eval:
-        state = load_checkpoint(first.eval or Path(first.resume, "checkpoint.pt"))
+        try:
+            state = load_checkpoint(first.eval or Path(first.resume, "checkpoint.pt"))
+        except ValueError as fault:
+            refuse(fault)
         saved = state["flags"] | {"out": None} | ({"device": first.device} if first.eval else {})
     c = parse(argv, saved)
     rank, world = set_up(c)
