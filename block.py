@@ -38,6 +38,7 @@ class DenseFFN(nn.Module):
     def __init__(self, d_model, d_ffn):
         super().__init__()
         self.up, self.down = nn.Linear(d_model, d_ffn), nn.Linear(d_ffn, d_model)
+        nn.init.zeros_(self.down.weight)                # as in the block below
 
     def forward(self, x):
         return self.down(F.gelu(self.up(x)))
@@ -51,6 +52,8 @@ class Block(nn.Module):
         self.ffn_factor, self.dropout = ffn_factor, dropout
         self.attn_norm = nn.RMSNorm(d_model)
         self.attn = DynSIHA(d_model, n_head, nn.Linear if dense else SparseProtoLinear)
+        if dense:
+            nn.init.zeros_(self.attn.o.weight)          # the control learns best if its branches start at 0
         if ffn_factor:
             self.ffn_norm = nn.RMSNorm(d_model)
             self.ffn = (DenseFFN if dense else MoIE)(d_model, ffn_factor * d_model)

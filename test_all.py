@@ -103,7 +103,7 @@ def one_task_set(folder, **options):
 
 # Flags of a tiny run; of one without answers; and of one that learns one_task_set well enough to answer.
 SMALL = ["--no-ffn", "--device", "cpu", "--d-model", "32", "--n-head", "2", "--n-layer", "2", "--batch-tokens", "512",
-         "--no-compile"]
+         "--no-compile", "--heldout"]
 FAST = ["--no-score", "--steps", "12"]
 LEARNT = ["--steps", "200", "--lr", "1e-2", "--no-permute-colours", "--max-tokens", "40", "--batch-tokens", "128"]
 
@@ -642,9 +642,8 @@ def test_outputs_that_are_asked_for_and_unused_files_are_not_opened(tmp_path, ca
 
 
 def test_nothing_to_train_on_is_an_evaluation_test_pair():
-    """Not even with --no-heldout, where training/40853293 is evaluation/070dd51e under another id, and with ARC-2,
-    which has 346 tasks that ARC-1 lacks."""
-    words = "--no-heldout", "--max-tokens", 1863, "--batch-tokens", 1863, "--extra", ARC2
+    """Though training/40853293 is evaluation/070dd51e under another id, and ARC-2 has 346 tasks that ARC-1 lacks."""
+    words = "--max-tokens", 1863, "--batch-tokens", 1863, "--extra", ARC2
     names, pairs, _ = train_arc.load_data(flags("--data", ARC1, *words))
     evaluation = train_arc.read_tasks(ARC1, "evaluation", solved=True)
     trained = [(names[pair.views[0].task], *spelled(pair.views[0])) for pair in pairs]
@@ -663,7 +662,7 @@ def test_tasks_that_leak_an_asked_one_are_dropped(tmp_path):
     assert list(train_arc.without_leaks(others, asked)) == ["shares a pair", "of another shape"]
 
 
-@pytest.mark.parametrize("words", [[], ["--no-heldout"]])
+@pytest.mark.parametrize("words", [["--heldout"], []])
 def test_what_is_trained_on_and_what_is_held_out(tmp_path, words):
     """`leaky` loses the pair that shows an asked input, and its tests. `both` is an asked task, whose outputs the
     training file knows, as Kaggle's test file repeats some. `long` is too long but for its test, as are two pairs of
@@ -674,17 +673,17 @@ def test_what_is_trained_on_and_what_is_held_out(tmp_path, words):
         "training": {"leaky": (made(1, 2, 3), made(4)), "both": both, "long": (long, made(12)),
                      "fine": (made(5) + long, made(6) + long)}})
     extra = write_set(tmp_path / "extra", {"training": {"fine": (made(8), made(9)), "c": (made(10), made(11)),
-                                                        **({} if words else {"fine's test": (made(17, 6), made(18))})},
+                                                        **({"fine's test": (made(17, 6), made(18))} if words else {})},
                                            "evaluation": {"d": (made(13), made(14)), "e": (made(2, 15), made(16))}})
     names, pairs, heldout = train_arc.load_data(flags(
         "--data", data, "--split", "test", "--repeat", 2, "--max-tokens", 30, "--extra", extra, *words))
-    shown = {"leaky": [1, 3], "both": [21, 22] * 2} | ({"long": [12]} if words else {})
-    shown |= {"fine": [5, 6] if words else [5], "asked": [7, 2] * 2, "c": [10, 11], "d": [13, 14]}
+    shown = {"leaky": [1, 3], "both": [21, 22] * 2} | ({} if words else {"long": [12]})
+    shown |= {"fine": [5] if words else [5, 6], "asked": [7, 2] * 2, "c": [10, 11], "d": [13, 14]}
     trained = [(name, *made(n)[0]) for name in shown for n in shown[name]]
     for view in range(8):
         samples = [pair.views[view] for pair in pairs]
         assert [(names[sample.task], *spelled(sample)) for sample in samples] == trained
-    assert [(names[sample.task], *spelled(sample)) for sample in heldout] == ([] if words else [("fine", *made(6)[0])])
+    assert [(names[sample.task], *spelled(sample)) for sample in heldout] == ([("fine", *made(6)[0])] if words else [])
     assert names == [*shown] and {sample.view for sample in heldout} <= {0}     # unturned, and in true colours
 
 
@@ -698,19 +697,19 @@ def test_generated_pairs_reach_training_tasks_that_are_not_held_out_and_no_asked
         put(json.dumps(pairs), tmp_path / "re_arc/tasks", f"{name}.json")
     extra = shutil.make_archive(tmp_path / "re_arc", "zip", tmp_path, "re_arc") if zipped else tmp_path / "re_arc"
     words = "--data", data, "--extra", extra, "--generated", 3, "--repeat", 2
-    names, pairs, heldout = train_arc.load_data(flags(*words))
+    names, pairs, heldout = train_arc.load_data(flags(*words, "--heldout"))
     shown = {"a": [1, 51, 10, 20], "b": [2, 2], "c": [3, 53, 12, 22], "d": [4, 4], "twin": [9, 8], "asked": [8, 9] * 2}
     trained = [(names[pair.views[0].task], *spelled(pair.views[0])) for pair in pairs]
     assert trained == [(name, *made(n)[0]) for name in shown for n in shown[name]]
     assert [(names[sample.task], *spelled(sample)) for sample in heldout] == [
         ("b", *made(52)[0]), ("d", *made(54)[0])]
-    assert len(train_arc.load_data(flags(*words, "--no-heldout"))[1]) == 4 * 4 + 2 + 4
+    assert len(train_arc.load_data(flags(*words))[1]) == 4 * 4 + 2 + 4
 
 
 def test_the_shipped_pairs_are_read_and_the_twin_of_an_evaluation_task_gets_none():
     generated = train_arc.read_extra(HERE / "data/re-arc.zip")[1]
     assert len(generated) == 400 and {len(pairs) for pairs in generated.values()} == {60}
-    words = "--data", ARC1, "--extra", HERE / "data/re-arc.zip", "--no-heldout"
+    words = "--data", ARC1, "--extra", HERE / "data/re-arc.zip"
     names, pairs, _ = train_arc.load_data(flags(*words))
     more = Counter(names[pair.views[0].task] for pair in pairs)
     assert sum(n > 20 for n in more.values()) > 190 and more["40853293"] <= 2
@@ -1119,7 +1118,8 @@ def test_the_presets_reach_the_flags_and_a_flag_wins(monkeypatch):
     for device, preset in ("cpu", train_arc.CPU), ("cuda", train_arc.CUDA):
         c, dense = parse(["--device", device]), parse(["--device", device, "--dense"])
         assert preset.items() <= vars(c).items() and (c.arm, c.ffn_factor) == ("ffn", 1)
-        assert dense.lr == train_arc.DENSE_LR * c.lr and (dense.arm, dense.ffn_factor) == ("dense", 4)
+        assert (dense.lr, dense.muon_lr) == (train_arc.DENSE_LR * c.lr, train_arc.DENSE_LR * c.muon_lr)
+        assert (dense.arm, dense.ffn_factor) == ("dense", 4)
         assert parse(["--device", device, "--dense", "--lr", "0.5", "--ffn-factor", "2"]).lr == 0.5
 
 

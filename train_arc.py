@@ -427,10 +427,10 @@ def solve(c, model, names, rank=0, world=1):
 
 # ------------------------------------------------------------------------------------------ flags
 CPU = dict(d_model=128, n_head=2, n_layer=4, dropout=0.0, max_tokens=150, batch_tokens=768, lr=5e-3,
-           minutes=10.0, dtype="float32")
+           muon_lr=0.0, minutes=10.0, dtype="float32", extra=[], repeat=1)
 CUDA = dict(d_model=768, n_head=12, n_layer=10, dropout=0.1, max_tokens=1863, batch_tokens=2**15, lr=4e-3,
-            minutes=20.0, dtype="bfloat16")
-DENSE_LR = 0.2          # the dense control's best learning rate over the SPL's: see results/README.md
+            muon_lr=4e-3, minutes=20.0, dtype="bfloat16", extra=["data/arc-agi-2", "data/re-arc.zip"], repeat=6)
+DENSE_LR = 0.25         # the dense control's best learning rates over the SPL's: see results/README.md
 # The least value of each number; none may reach a billion.
 LEAST = dict(ffn_factor=0, d_model=2, n_head=1, n_layer=1, dropout=0, repeat=1, colour_votes=1, show=0,
              seed=0, minutes=0.01, steps=0, max_tokens=5, batch_tokens=5, lr=1e-7, muon_lr=0, generated=0)
@@ -454,12 +454,12 @@ def flag_parser():
     add("--dropout", type=float, help="dropout on each branch, in training")
     # data and answers
     add("--data", default="data/arc-agi-1", help="folder of the task set, as Kaggle or GitHub has it")
-    add("--extra", nargs="+", default=[], help="folders or zips of more tasks or, as RE-ARC has them, pairs")
+    add("--extra", nargs="*", help="folders or zips of more tasks or, as RE-ARC has them, pairs")
     add("--generated", type=int, default=60, help="pairs to take from RE-ARC for each task, at most")
     add("--split", default="evaluation", choices=SPLITS[1:], help="split to answer")
-    add("--heldout", action=switch, default=True, help="hold out the training split's test pairs")
+    add("--heldout", action=switch, default=False, help="hold out the training split's test pairs")
     add("--permute-colours", action=switch, default=True, help="permute the colours of a task")
-    add("--repeat", type=int, default=1, help="times that an epoch shows each pair of the split to answer")
+    add("--repeat", type=int, help="times that an epoch shows each pair of the split to answer")
     add("--score", action=switch, default=True, help="answer and score the split at the end")
     add("--colour-votes", type=int, default=4, help="colour tables under which each of 8 views answers")
     add("--show", type=int, default=0, help="test inputs to draw with their answers")
@@ -470,8 +470,8 @@ def flag_parser():
     add("--steps", type=int, default=0, help="training budget in steps, in place of minutes")
     add("--max-tokens", type=int, help="longest pair to train on; longer test pairs count as wrong")
     add("--batch-tokens", type=int, help="tokens per batch over all processes, padding included")
-    add("--lr", type=float, help=f"peak learning rate of AdamW; times {DENSE_LR} by default under --dense")
-    add("--muon-lr", type=float, default=0.0, help="that of Muon, for the linear maps; 0: AdamW for all")
+    add("--lr", type=float, help="peak learning rate of AdamW")
+    add("--muon-lr", type=float, help="that of Muon, for the linear maps; 0: AdamW for all")
     add("--sars", action="store_true", help="train W_p and W_g by the routing loss of SARS alone")
     # machine
     add("--device", choices=DEVICES, default=DEVICES[0], help="where to run")
@@ -486,7 +486,7 @@ def parse(argv, saved=None):
     first, _ = parser.parse_known_args(argv)
     preset = dict(CUDA if first.device == "cuda" else CPU)
     if first.dense:
-        preset |= {"lr": DENSE_LR * preset["lr"], "ffn_factor": 4}
+        preset |= {"lr": DENSE_LR * preset["lr"], "muon_lr": DENSE_LR * preset["muon_lr"], "ffn_factor": 4}
     parser.set_defaults(**(saved or preset))
     c, world = parser.parse_args(argv), int(os.environ.get("WORLD_SIZE", 1))
     for name, least in LEAST.items():
