@@ -22,14 +22,16 @@ from spl import SparseProtoLinear, bench, forward_backward
 
 
 class MoIE(nn.Module):
-    """(..., D) -> (..., D): two SPLs around a relu."""
+    """(..., D) -> (..., D): two SPLs around a relu. With `norm` the second one gets a normalized input, as an SPL
+    should: where relu leaves little, it may fire no neuron at all."""
 
-    def __init__(self, d_model, d_ffn):
+    def __init__(self, d_model, d_ffn, norm=False):
         super().__init__()
         self.up, self.down = SparseProtoLinear(d_model, d_ffn), SparseProtoLinear(d_ffn, d_model)
+        self.norm = nn.RMSNorm(d_ffn) if norm else nn.Identity()
 
     def forward(self, x):
-        return self.down(F.relu(self.up(x)))
+        return self.down(self.norm(F.relu(self.up(x))))
 
 
 class DenseFFN(nn.Module):
@@ -47,7 +49,7 @@ class DenseFFN(nn.Module):
 class Block(nn.Module):
     """(B, T, D) -> (B, T, D). ffn_factor = 0 leaves the FFN out; dense=True builds the nn.Linear control."""
 
-    def __init__(self, d_model, n_head, ffn_factor=0, dense=False, dropout=0.0):
+    def __init__(self, d_model, n_head, ffn_factor=0, dense=False, dropout=0.0, moie_norm=False):
         super().__init__()
         self.ffn_factor, self.dropout = ffn_factor, dropout
         self.attn_norm = nn.RMSNorm(d_model)
@@ -56,7 +58,8 @@ class Block(nn.Module):
             nn.init.zeros_(self.attn.o.weight)          # the control learns best if its branches start at 0
         if ffn_factor:
             self.ffn_norm = nn.RMSNorm(d_model)
-            self.ffn = (DenseFFN if dense else MoIE)(d_model, ffn_factor * d_model)
+            d_ffn = ffn_factor * d_model
+            self.ffn = DenseFFN(d_model, d_ffn) if dense else MoIE(d_model, d_ffn, moie_norm)
 
     def forward(self, x, rope, cache=None, mask=None):
         x = x + F.dropout(self.attn(self.attn_norm(x), rope, cache, mask), self.dropout, self.training)

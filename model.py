@@ -144,6 +144,7 @@ class Config:
     n_layer: int = 4        # L
     ffn_factor: int = 1     # hidden width of the FFN over D; 0 leaves the FFN out
     dense: bool = False     # nn.Linear and GELU in place of SPLs; with ffn_factor 4, the control of equal size
+    moie_norm: bool = False # RMSNorm before the second SPL of the FFN
     dropout: float = 0.0    # share of a branch's output, in training
     dtype: str = "float32"  # or "bfloat16": of the products, by autocast
 
@@ -157,7 +158,7 @@ class Transformer(nn.Module):
         self.token = nn.Embedding(c.n_vocab, c.d_model)
         self.task = nn.Embedding(c.n_task, c.d_model)
         self.view = nn.Embedding(c.n_view, c.d_model)
-        block = c.d_model, c.n_head, c.ffn_factor, c.dense, c.dropout
+        block = c.d_model, c.n_head, c.ffn_factor, c.dense, c.dropout, c.moie_norm
         self.blocks = nn.ModuleList(Block(*block) for _ in range(c.n_layer))
         self.norm = nn.RMSNorm(c.d_model)
         self.head = nn.Linear(c.d_model, c.n_vocab, bias=False)

@@ -333,10 +333,11 @@ def test_rotary_deals_pairs_to_the_axes_in_turn_and_scores_feel_differences_of_p
     torch.testing.assert_close((rotate(q, cos, sin) * rotate(k, *rotary(b, 32))).sum(), there)
 
 
-@pytest.mark.parametrize("f, dense", [(0, False), (2, False), (4, True)])
-def test_a_block_adds_attention_and_ffn_of_its_normalized_input(f, dense):
+@pytest.mark.parametrize("f, dense, norm", [(0, False, False), (2, False, False), (2, False, True), (4, True, False)])
+def test_a_block_adds_attention_and_ffn_of_its_normalized_input(f, dense, norm):
     """The FFN is two SPLs around a relu, or the dense control's GELU network; without it nothing of it is built."""
-    block, x, rope = Block(8, 2, f, dense).double(), torch.randn(2, 5, 8, dtype=torch.float64), rotary(line(2, 5), 4)
+    x, rope = torch.randn(2, 5, 8, dtype=torch.float64), rotary(line(2, 5), 4)
+    block = Block(8, 2, f, dense, moie_norm=norm).double()
     for p in block.parameters():
         nn.init.normal_(p)
     y = x + block.attn(block.attn_norm(x), rope)
@@ -344,7 +345,10 @@ def test_a_block_adds_attention_and_ffn_of_its_normalized_input(f, dense):
         hidden = block.ffn.up(block.ffn_norm(y))
         y = y + block.ffn.down(hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2)
     elif f:
-        y = y + block.ffn.down(block.ffn.up(block.ffn_norm(y)).clamp(min=0))
+        hidden = block.ffn.up(block.ffn_norm(y)).clamp(min=0)
+        if norm:
+            hidden = block.ffn.norm.weight * hidden / (hidden.square().mean(-1, keepdim=True) + 1e-15).sqrt()
+        y = y + block.ffn.down(hidden)
     torch.testing.assert_close(block(x, rope), y)
     assert hasattr(block, "ffn") == hasattr(block, "ffn_norm") == (f > 0)
 

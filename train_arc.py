@@ -429,7 +429,7 @@ def solve(c, model, names, rank=0, world=1):
 CPU = dict(d_model=128, n_head=2, n_layer=4, dropout=0.0, max_tokens=150, batch_tokens=768, lr=5e-3,
            muon_lr=0.0, minutes=10.0, dtype="float32", extra=[], repeat=1)
 CUDA = dict(d_model=768, n_head=12, n_layer=10, dropout=0.1, max_tokens=1863, batch_tokens=2**15, lr=4e-3,
-            muon_lr=4e-3, minutes=20.0, dtype="bfloat16", extra=["data/arc-agi-2", "data/re-arc.zip"], repeat=6)
+            muon_lr=4e-3, minutes=20.0, dtype="bfloat16", extra=["data/arc-agi-2", "data/re-arc.zip"], repeat=3)
 DENSE_LR = 0.25         # the dense control's best learning rates over the SPL's: see results/README.md
 # The least value of each number; none may reach a billion.
 LEAST = dict(ffn_factor=0, d_model=2, n_head=1, n_layer=1, dropout=0, repeat=1, colour_votes=1, show=0,
@@ -447,6 +447,7 @@ def flag_parser():
     # model
     add("--ffn-factor", type=int, default=1, help="hidden width of the FFN over D; 4 under --dense")
     add("--no-ffn", dest="ffn_factor", action="store_const", const=0, help="leave it out, as --ffn-factor 0")
+    add("--moie-norm", action="store_true", help="normalize the input of the FFN's second SPL")
     add("--dense", action="store_true", help="the control: nn.Linear attention and a GELU FFN")
     add("--d-model", type=int, help="width D")
     add("--n-head", type=int, help="heads H")
@@ -506,7 +507,7 @@ def parse(argv, saved=None):
         refuse("--sars: needs SPLs and one process; leave out --dense and torchrun")
     if c.resume and c.out:
         refuse("--resume: a run stays in its folder; leave out --out")
-    for name in ("d_model", "n_head", "n_layer", "ffn_factor", "dense", "sars"):
+    for name in ("d_model", "n_head", "n_layer", "ffn_factor", "moie_norm", "dense", "sars"):
         if saved and getattr(c, name) != saved[name]:
             refuse(f"--{name.replace('_', '-')} {getattr(c, name)}: the checkpoint's model has {saved[name]}")
     c.arm = "dense" if c.dense else "ffn" if c.ffn_factor else "no-ffn"
@@ -795,7 +796,7 @@ def main(argv):
     digest = hashlib.sha256(b"".join(pair.views[0].tokens.tobytes() for pair in pairs)).hexdigest()
     shape = state["shape"] if state else {
         "n_task": len(names), "d_model": c.d_model, "n_head": c.n_head, "n_layer": c.n_layer,
-        "dense": c.dense, "ffn_factor": c.ffn_factor}
+        "dense": c.dense, "ffn_factor": c.ffn_factor, "moie_norm": c.moie_norm}
     model = Transformer(Config(**shape, dropout=c.dropout, dtype=c.dtype)).to(c.device)
     compiled = c.compile and not c.eval and can_compile(c.device)
     optimizers = make_optimizers(c, model, compiled)
@@ -808,7 +809,7 @@ def main(argv):
     state = state or {"names": names, "pairs": digest, "shape": shape, "step": 0, "seconds": 0.0,
                       "log": []}
 
-    state["flags"] = {name: vars(c)[name] for name in vars(c).keys() - {"resume", "eval", "compare"}}
+    state["flags"] = {name: value for name, value in vars(c).items() if name not in ("resume", "eval", "compare")}
     if rank == 0:
         make_folder(c, argv, state["flags"])
 
