@@ -373,15 +373,23 @@ if __name__ == "__main__":
     device = "cuda" if torch.cuda.is_available() else "cpu"
     B, T, new = 64, 32, 40
     tokens, zero = torch.randint(10, (B, T), device=device), torch.zeros(B, device=device).long()
-    print(f"{'D=128, L=4':10} {'parameters':>11} {'FLOPs/token':>12}")
-    configs = {"no FFN": Config(ffn_factor=0), "MoIE f=1": Config(), "dense": Config(dense=True, ffn_factor=4)}
-    for name, config in configs.items():
-        model = Transformer(config)
-        print(f"{name:10} {model.n_params():11} {model.flops_per_token(T):12}")
-
-    model = Transformer(configs["no FFN"]).to(device).eval()
-    nn.init.normal_(model.head.weight)
-    cached = partial(model.generate, tokens, zero + T, zero, zero, new, end=-1, limit=math.inf)
+    configs = {"no FFN": Config(ffn_factor=0), **{f"MoIE f={f}": Config(ffn_factor=f) for f in (1, 2, 4)},
+               "dense": Config(dense=True, ffn_factor=4)}
+    models = {name: Transformer(config).to(device).eval() for name, config in configs.items()}
+    trains, decodes = {}, {}
+    for name, model in models.items():
+        nn.init.normal_(model.head.weight)
+        trains[name] = lambda f=partial(task_loss, model, tokens, zero, zero, tokens): f().backward()
+        decodes[name] = partial(model.generate, tokens, zero + T, zero, zero, new, end=-1, limit=math.inf)
+    step, decode = bench(trains), bench(decodes, seconds=0)
+    print(f"D=128, L=4, on {device}: a forward and backward pass of {B} x {T} tokens, uncompiled; tokens decoded "
+          f"in a second after {B} prompts; each as a share of no FFN's")
+    print(f"{'':10} {'parameters':>11} {'FLOPs/token':>12} {'ms':>7} {'share':>6} {'decoded':>8} {'share':>6}")
+    for name, model in models.items():
+        print(f"{name:10} {model.n_params():11} {model.flops_per_token(T):12} {1000 * step[name]:7.1f} "
+              f"{step[name] / step['no FFN']:6.2f} {B * new / decode[name]:8.0f} "
+              f"{decode['no FFN'] / decode[name]:6.2f}")
+    model, cached = models["no FFN"], decodes["no FFN"]
 
     @torch.inference_mode()
     def recomputed():

@@ -508,7 +508,7 @@ def parse(argv, saved=None):
     if c.resume and c.out:
         refuse("--resume: a run stays in its folder; leave out --out")
     for name in ("d_model", "n_head", "n_layer", "ffn_factor", "moie_norm", "dense", "sars"):
-        if saved and getattr(c, name) != saved[name]:
+        if saved and getattr(c, name) != parser.get_default(name):
             refuse(f"--{name.replace('_', '-')} {getattr(c, name)}: the checkpoint's model has {saved[name]}")
     c.arm = "dense" if c.dense else "ffn" if c.ffn_factor else "no-ffn"
     return c
