@@ -1090,6 +1090,22 @@ def learnt(tmp_path_factory):
     return data, out
 
 
+def test_a_new_run_begins_with_all_weights_of_another_but_its_tasks(learnt, tmp_path):
+    """Its size comes with them; the flags of its training do not."""
+    data, steps = one_task_set(tmp_path / "data"), ["--steps", "1", "--lr", "1e-7", "--no-score", "--no-compile"]
+    words = ["--init", str(learnt[1] / "checkpoint.pt"), "--device", "cpu"]
+    train_arc.main([*words, *steps, "--data", str(data), "--out", str(tmp_path / "out")])
+    old, new = (train_arc.load_checkpoint(out / "checkpoint.pt") for out in (learnt[1], tmp_path / "out"))
+    assert (new["step"], new["flags"]["batch_tokens"], new["flags"]["d_model"]) == (1, train_arc.CPU["batch_tokens"], 32)
+    assert new["names"] == ["turn", "mirror"] and new["model"].pop("task.weight").shape == (2, 32)
+    for name, weight in new["model"].items():
+        torch.testing.assert_close(weight, old["model"][name], atol=1e-6, rtol=0)
+    with pytest.raises(InputError, match="--d-model 64: the checkpoint's model has 32"):
+        train_arc.main([*words, "--d-model", "64"])
+    with pytest.raises(InputError, match="expected one of them"):
+        train_arc.main([*words, "--resume", str(learnt[1])])
+
+
 def test_a_model_that_overfits_one_task_answers_exactly_and_again_with_one_process_or_two(learnt, tmp_path):
     data, out = learnt
     words = ["--eval", str(out / "checkpoint.pt"), "--out"]

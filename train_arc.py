@@ -434,6 +434,7 @@ DENSE_LR = 0.25         # the dense control's best learning rates over the SPL's
 # The least value of each number; none may reach a billion.
 LEAST = dict(ffn_factor=0, d_model=2, n_head=1, n_layer=1, dropout=0, repeat=1, colour_votes=1, show=0,
              seed=0, minutes=0.01, steps=0, max_tokens=5, batch_tokens=5, lr=1e-7, muon_lr=0, generated=0)
+SHAPE = "d_model", "n_head", "n_layer", "ffn_factor", "moie_norm", "dense"          # flags that shape a model
 DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
 
 
@@ -443,6 +444,7 @@ def flag_parser():
     parser.error, add, switch = refuse, parser.add_argument, argparse.BooleanOptionalAction
     add("--resume", metavar="DIR", help="go on with the run in DIR, under its flags; a flag given anew counts")
     add("--eval", metavar="FILE", help="answer and score with this checkpoint, under its flags likewise")
+    add("--init", metavar="FILE", help="begin with this checkpoint's weights, all but its table of tasks")
     add("--compare", metavar="DIR", nargs="+", help="print a table of finished runs")
     # model
     add("--ffn-factor", type=int, default=1, help="hidden width of the FFN over D; 4 under --dense")
@@ -482,13 +484,13 @@ def flag_parser():
 
 
 def parse(argv, saved=None):
-    """The flags' values; by default those `saved` by an earlier run, or what suits the device."""
+    """The flags' values; by default those `saved` by an earlier run, all or some, or what suits the device."""
     parser = flag_parser()
     first, _ = parser.parse_known_args(argv)
     preset = dict(CUDA if first.device == "cuda" else CPU)
     if first.dense:
         preset |= {"lr": DENSE_LR * preset["lr"], "muon_lr": DENSE_LR * preset["muon_lr"], "ffn_factor": 4}
-    parser.set_defaults(**(saved or preset))
+    parser.set_defaults(**(preset | (saved or {})))
     c, world = parser.parse_args(argv), int(os.environ.get("WORLD_SIZE", 1))
     for name, least in LEAST.items():
         if not least <= getattr(c, name) < 1e9:                     # nan is refused as well
@@ -507,9 +509,10 @@ def parse(argv, saved=None):
         refuse("--sars: needs SPLs and one process; leave out --dense and torchrun")
     if c.resume and c.out:
         refuse("--resume: a run stays in its folder; leave out --out")
-    for name in ("d_model", "n_head", "n_layer", "ffn_factor", "moie_norm", "dense", "sars"):
+    for name in (*SHAPE, "sars"):
         if saved and getattr(c, name) != parser.get_default(name):
-            refuse(f"--{name.replace('_', '-')} {getattr(c, name)}: the checkpoint's model has {saved[name]}")
+            refuse(f"--{name.replace('_', '-')} {getattr(c, name)}: the checkpoint's model has "
+                   f"{parser.get_default(name)}")
     c.arm = "dense" if c.dense else "ffn" if c.ffn_factor else "no-ffn"
     return c
 
@@ -781,25 +784,31 @@ def main(argv):
     first, _ = flag_parser().parse_known_args(argv)
     if first.compare:
         return compare(first.compare)
-    state = saved = None
-    if first.resume or first.eval:
+    files = [file for file in (first.eval, first.init, first.resume and Path(first.resume, "checkpoint.pt")) if file]
+    if len(files) > 1:
+        refuse("--eval, --init, --resume: expected one of them, at most")
+    state = weights = saved = None
+    for file in files:
         try:
-            state = load_checkpoint(first.eval or Path(first.resume, "checkpoint.pt"))
+            state = load_checkpoint(file)
         except ValueError as fault:
             refuse(fault)
         saved = state["flags"] | {"out": None} | ({"device": first.device} if first.eval else {})
+    if first.init:                      # a new run, of a model of that shape
+        saved, weights, state = {name: saved[name] for name in SHAPE}, state["model"], None
+        del weights["task.weight"]
     c = parse(argv, saved)
     rank, world = set_up(c)
 
     # the data, and the model of the checkpoint or a new one
     names, pairs, heldout = (state["names"], [], []) if c.eval else load_data(c)
     digest = hashlib.sha256(b"".join(pair.views[0].tokens.tobytes() for pair in pairs)).hexdigest()
-    shape = state["shape"] if state else {
-        "n_task": len(names), "d_model": c.d_model, "n_head": c.n_head, "n_layer": c.n_layer,
-        "dense": c.dense, "ffn_factor": c.ffn_factor, "moie_norm": c.moie_norm}
+    shape = state["shape"] if state else {"n_task": len(names)} | {name: vars(c)[name] for name in SHAPE}
     model = Transformer(Config(**shape, dropout=c.dropout, dtype=c.dtype)).to(c.device)
     compiled = c.compile and not c.eval and can_compile(c.device)
     optimizers = make_optimizers(c, model, compiled)
+    if weights:
+        model.load_state_dict(weights, strict=False)
     if state:
         model.load_state_dict(state["model"])
         for optimizer, tensors in zip(optimizers, state["optimizers"]):
@@ -809,7 +818,8 @@ def main(argv):
     state = state or {"names": names, "pairs": digest, "shape": shape, "step": 0, "seconds": 0.0,
                       "log": []}
 
-    state["flags"] = {name: value for name, value in vars(c).items() if name not in ("resume", "eval", "compare")}
+    state["flags"] = {name: value for name, value in vars(c).items()
+                      if name not in ("resume", "eval", "init", "compare")}
     if rank == 0:
         make_folder(c, argv, state["flags"])
 
