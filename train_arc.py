@@ -483,14 +483,14 @@ def flag_parser():
     return parser
 
 
-def parse(argv, saved=None):
+def parse(argv, saved={}):
     """The flags' values; by default those `saved` by an earlier run, all or some, or what suits the device."""
     parser = flag_parser()
     first, _ = parser.parse_known_args(argv)
     preset = dict(CUDA if first.device == "cuda" else CPU)
-    if first.dense:
+    if first.dense or saved.get("dense"):
         preset |= {"lr": DENSE_LR * preset["lr"], "muon_lr": DENSE_LR * preset["muon_lr"], "ffn_factor": 4}
-    parser.set_defaults(**(preset | (saved or {})))
+    parser.set_defaults(**(preset | saved))
     c, world = parser.parse_args(argv), int(os.environ.get("WORLD_SIZE", 1))
     for name, least in LEAST.items():
         if not least <= getattr(c, name) < 1e9:                     # nan is refused as well
@@ -510,9 +510,8 @@ def parse(argv, saved=None):
     if c.resume and c.out:
         refuse("--resume: a run stays in its folder; leave out --out")
     for name in (*SHAPE, "sars"):
-        if saved and getattr(c, name) != parser.get_default(name):
-            refuse(f"--{name.replace('_', '-')} {getattr(c, name)}: the checkpoint's model has "
-                   f"{parser.get_default(name)}")
+        if name in saved and getattr(c, name) != saved[name]:
+            refuse(f"--{name.replace('_', '-')} {getattr(c, name)}: the checkpoint's model has {saved[name]}")
     c.arm = "dense" if c.dense else "ffn" if c.ffn_factor else "no-ffn"
     return c
 
@@ -787,7 +786,7 @@ def main(argv):
     files = [file for file in (first.eval, first.init, first.resume and Path(first.resume, "checkpoint.pt")) if file]
     if len(files) > 1:
         refuse("--eval, --init, --resume: expected one of them, at most")
-    state = weights = saved = None
+    state, weights, saved = None, None, {}
     for file in files:
         try:
             state = load_checkpoint(file)
