@@ -29,60 +29,33 @@ import torch.nn.functional as F
 from torch import nn
 
 
-class _MAS(torch.autograd.Function):
-    """mas with its derivative by hand:
+class Peak(torch.autograd.Function):
+    """max_j |z_j| over the last axis, kept as one of size 1; its gradient is shared by the entries that equal it.
 
-    n = z / max|z|;  dL/dz_i = (g_i·[n_i > 0] − [|n_i| = 1]·n_i·Σ_k g_k relu(n_k) / ties) / max|z|
-
-    Autograd's amax looks for the entry that equals the maximum. Compiled in bfloat16 one of the two is
-    rounded, none is found, and 0/0 makes the gradient NaN; so |n_i| = 1 is taken to a rounding error here.
-    n and max|z| are returned as well, because torch.func asks that what is saved be an input or an output.
+    They are those that equal it to a rounding error: `amax`, which asks for the very number, finds none where
+    compiled bfloat16 code rounds one of the two, and its gradient is 0/0, NaN.
     """
     generate_vmap_rule = True
 
     @staticmethod
     def forward(z):
-        # A fixed guard of 1e-9 is 0 in float16, and 0/0 is NaN: take the dtype's own smallest normal number.
-        peak = z.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(z.dtype).tiny)
-        n = z / peak
-        return F.relu(n), n, peak
+        return z.abs().amax(dim=-1, keepdim=True)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, n, peak = output
-        ctx.mark_non_differentiable(peak)
-        ctx.set_materialize_grads(False)               # n is for backward alone and never has a gradient
-        ctx.save_for_backward(n, peak)
-
-    @staticmethod
-    def backward(ctx, g, _n, _peak):
-        return None if g is None else _MASBackward.apply(g, *ctx.saved_tensors)
-
-
-class _MASBackward(torch.autograd.Function):
-    """The derivative above, as a function of its own, so that a second backward pass has a place to fail."""
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(g, n, peak):
-        g = g * (n > 0)
-        top = (n.abs() >= 1 - 2 * torch.finfo(n.dtype).eps).to(n.dtype)
-        share = (g * n).sum(-1, keepdim=True) / top.sum(-1, keepdim=True).clamp_min(1)
-        return (g - top * n * share) / peak
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
+        ctx.save_for_backward(*inputs, output)
 
     @staticmethod
     def backward(ctx, g):
-        raise NotImplementedError("mas_normalize has first derivatives only; mas_reference has all of them")
+        z, peak = ctx.saved_tensors
+        top = z.abs() >= peak * (1 - 2 * torch.finfo(z.dtype).eps)
+        return z.sign() * top * (g / top.sum(-1, keepdim=True))
 
 
 def mas_normalize(z):
-    """relu(z / max_j |z_j|) over the last axis: values in [0, 1], unchanged by any positive scale of z.
-    It has first derivatives only and raises NotImplementedError when a second is taken."""
-    return _MAS.apply(z)[0]
+    """relu(z / max_j |z_j|) over the last axis: values in [0, 1], unchanged by any positive scale of z."""
+    # A fixed guard of 1e-9 is 0 in float16, and 0/0 is NaN: take the dtype's own smallest normal number.
+    return F.relu(z / Peak.apply(z).clamp_min(torch.finfo(z.dtype).tiny))
 
 
 def mas_reference(z):

@@ -195,14 +195,15 @@ def test_an_spl_is_built_copied_and_exported_as_nn_linear_is():
     assert SparseProtoLinear(8, 4, bias=False).mu_bias is None
 
 
-@pytest.mark.parametrize("power", [1, 2])
-@pytest.mark.parametrize("f", [mas_normalize, random_spl(4, 4)])
-def test_second_derivatives_are_refused_and_not_wrong(f, power):
-    def run(z):
-        return f(z).pow(power).sum()
-    for hessian in (torch.autograd.functional.hessian, lambda run, z: torch.func.jacrev(torch.func.jacrev(run))(z)):
-        with pytest.raises(NotImplementedError, match="first derivatives only"):
-            hessian(run, torch.randn(3, 4, dtype=torch.float64))
+def test_second_derivatives_equal_those_of_the_literal_formula():
+    layer = random_spl(4, 4)
+    pairs = (mas_normalize, mas_reference), (layer, lambda z: spl_reference(z, *weights(layer))[0])
+    z = torch.randn(3, 4, dtype=torch.float64)
+    for fast, literal in pairs:
+        for hessian in (torch.autograd.functional.hessian, lambda f, z: torch.func.jacrev(torch.func.jacrev(f))(z)):
+            ours, theirs = (hessian(lambda z: f(z).pow(2).sum(), z) for f in (fast, literal))
+            torch.testing.assert_close(ours, theirs)
+            assert theirs.any()
 
 
 def test_an_spl_passes_gradcheck_and_torch_func_differentiates_it_as_the_literal_formula():
