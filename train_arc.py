@@ -779,23 +779,30 @@ def make_folder(c, argv, flags):
     save(Path(c.out, "config.json"), flags | more)
 
 
+def read_start(first):
+    """(state of the run to go on with or to answer with, or None; {name: weight} to begin with, or None;
+    {flag: value} that come with these)."""
+    files = [file for file in (first.eval, first.init, first.resume and Path(first.resume, "checkpoint.pt")) if file]
+    if not files:
+        return None, None, {}
+    if len(files) > 1:
+        refuse("--eval, --init, --resume: expected one of them, at most")
+    try:
+        state = load_checkpoint(files[0])
+    except ValueError as fault:
+        refuse(fault)
+    flags, weights = state["flags"], state["model"]
+    if first.init:
+        del weights["task.weight"]
+        return None, weights, {name: flags[name] for name in SHAPE}
+    return state, weights, flags | {"out": None} | ({"device": first.device} if first.eval else {})
+
+
 def main(argv):
     first, _ = flag_parser().parse_known_args(argv)
     if first.compare:
         return compare(first.compare)
-    files = [file for file in (first.eval, first.init, first.resume and Path(first.resume, "checkpoint.pt")) if file]
-    if len(files) > 1:
-        refuse("--eval, --init, --resume: expected one of them, at most")
-    state, weights, saved = None, None, {}
-    for file in files:
-        try:
-            state = load_checkpoint(file)
-        except ValueError as fault:
-            refuse(fault)
-        saved = state["flags"] | {"out": None} | ({"device": first.device} if first.eval else {})
-    if first.init:                      # a new run, of a model of that shape
-        saved, weights, state = {name: saved[name] for name in SHAPE}, state["model"], None
-        del weights["task.weight"]
+    state, weights, saved = read_start(first)
     c = parse(argv, saved)
     rank, world = set_up(c)
 
@@ -807,16 +814,13 @@ def main(argv):
     compiled = c.compile and not c.eval and can_compile(c.device)
     optimizers = make_optimizers(c, model, compiled)
     if weights:
-        model.load_state_dict(weights, strict=False)
+        model.load_state_dict(weights, strict=state is not None)        # --init leaves out the table of tasks
     if state:
-        model.load_state_dict(state["model"])
         for optimizer, tensors in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(tensors)
     if c.resume and (state["names"], state["pairs"]) != (names, digest):
         refuse(f"{c.data} {' '.join(c.extra)}: other pairs than those that the run was trained on")
-    state = state or {"names": names, "pairs": digest, "shape": shape, "step": 0, "seconds": 0.0,
-                      "log": []}
-
+    state = state or {"names": names, "pairs": digest, "shape": shape, "step": 0, "seconds": 0.0, "log": []}
     state["flags"] = {name: value for name, value in vars(c).items()
                       if name not in ("resume", "eval", "init", "compare")}
     if rank == 0:
