@@ -426,8 +426,8 @@ def solve(c, model, names, rank=0, world=1):
 
 
 # ------------------------------------------------------------------------------------------ flags
-CPU = dict(d_model=128, n_head=2, n_layer=4, dropout=0.0, max_tokens=150, batch_tokens=768, lr=5e-3,
-           muon_lr=0.0, minutes=10.0, dtype="float32", extra=[], repeat=1)
+CPU = dict(d_model=128, n_head=2, n_layer=4, dropout=0.0, max_tokens=150, batch_tokens=1536, lr=5e-3,
+           muon_lr=1e-2, minutes=10.0, dtype="float32", extra=[], repeat=1)
 CUDA = dict(d_model=768, n_head=12, n_layer=10, dropout=0.1, max_tokens=1863, batch_tokens=2**15, lr=4e-3,
             muon_lr=4e-3, minutes=20.0, dtype="bfloat16", extra=["data/arc-agi-2", "data/re-arc.zip"], repeat=3)
 DENSE_LR = 0.25         # the dense control's best learning rates over the SPL's: see results/README.md
