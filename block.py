@@ -22,13 +22,13 @@ from spl import SparseProtoLinear, bench, forward_backward
 
 
 class MoIE(nn.Module):
-    """(..., D) -> (..., D): two SPLs around a relu. With `norm` the second one gets a normalized input, as an SPL
-    should: where relu leaves little, it may fire no neuron at all."""
+    """(..., D) -> (..., D): two SPLs around a relu. With `norm` the second one gets a normalized input, as an
+    SPL should: where relu leaves little, it may fire no neuron at all."""
 
     def __init__(self, d_model, d_ffn, norm=False):
         super().__init__()
         self.up, self.down = SparseProtoLinear(d_model, d_ffn), SparseProtoLinear(d_ffn, d_model)
-        self.norm = nn.RMSNorm(d_ffn) if norm else nn.Identity()
+        self.norm = nn.RMSNorm(d_ffn, elementwise_affine=False) if norm else nn.Identity()
 
     def forward(self, x):
         return self.down(self.norm(F.relu(self.up(x))))
@@ -40,7 +40,6 @@ class DenseFFN(nn.Module):
     def __init__(self, d_model, d_ffn):
         super().__init__()
         self.up, self.down = nn.Linear(d_model, d_ffn), nn.Linear(d_ffn, d_model)
-        nn.init.zeros_(self.down.weight)                # as in the block below
 
     def forward(self, x):
         return self.down(F.gelu(self.up(x)))
@@ -54,8 +53,6 @@ class Block(nn.Module):
         self.ffn_factor, self.dropout = ffn_factor, dropout
         self.attn_norm = nn.RMSNorm(d_model)
         self.attn = DynSIHA(d_model, n_head, nn.Linear if dense else SparseProtoLinear)
-        if dense:
-            nn.init.zeros_(self.attn.o.weight)          # the control learns best if its branches start at 0
         if ffn_factor:
             self.ffn_norm = nn.RMSNorm(d_model)
             d_ffn = ffn_factor * d_model

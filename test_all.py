@@ -348,7 +348,7 @@ def test_a_block_adds_attention_and_ffn_of_its_normalized_input(f, dense, norm):
     elif f:
         hidden = block.ffn.up(block.ffn_norm(y)).clamp(min=0)
         if norm:
-            hidden = block.ffn.norm.weight * hidden / (hidden.square().mean(-1, keepdim=True) + 1e-15).sqrt()
+            hidden = hidden / (hidden.square().mean(-1, keepdim=True) + 1e-15).sqrt()
         y = y + block.ffn.down(hidden)
     torch.testing.assert_close(block(x, rope), y)
     assert hasattr(block, "ffn") == hasattr(block, "ffn_norm") == (f > 0)
@@ -897,10 +897,14 @@ def literal_run(data, clip, *words):
     names, pairs, heldout = train_arc.load_data(c)
     torch.manual_seed(c.seed)
     model = Transformer(Config(n_task=len(names), d_model=32, n_head=2, n_layer=2, ffn_factor=0, dropout=c.dropout))
-    decayed = [p for p in model.blocks.parameters() if p.ndim == 2]
-    others = [p for p in model.parameters() if id(p) not in map(id, decayed)]
+    maps = [p for name, p in model.named_parameters() if c.muon_lr and "mu_weight" in name]
+    decayed = [p for p in model.blocks.parameters() if p.ndim == 2 and id(p) not in map(id, maps)]
+    others = [p for p in model.parameters() if id(p) not in map(id, decayed + maps)]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    optimizer, history = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True), []
+    adamw, history = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True), []
+    optimizers = [(adamw, c.lr)]
+    if maps:
+        optimizers.append((Muon([{"params": maps}], 0, weight_decay=0.1), c.muon_lr))
     routing = [p for name, p in model.named_parameters() if c.sars and ("proto" in name or "gate" in name)]
     task = [p for p in model.parameters() if id(p) not in map(id, routing)]
     for step, (_, batch) in zip(range(c.steps), train_arc.batches(pairs, c)):
@@ -915,23 +919,24 @@ def literal_run(data, clip, *words):
                 p.grad = gradient
         for stream in (routing, task):
             norm = nn.utils.clip_grad_norm_(stream, clip)
-        for group in optimizer.param_groups:
-            group["lr"] = c.lr * min(step / c.steps / 0.2, 1, (1 - step / c.steps) / 0.5)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer, lr in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * min(step / c.steps / 0.2, 1, (1 - step / c.steps) / 0.5)
+            optimizer.step()
+        model.zero_grad()
         history.append((loss.item(), norm.item()))
     return model.state_dict(), history, evaluate(model, [collate(heldout, "cpu")])
 
 
-@pytest.mark.parametrize("word", ["--no-ffn", "--sars"])
-def test_a_run_equals_a_loop_written_out(tmp_path, monkeypatch, word):
+@pytest.mark.parametrize("more", [["--muon-lr", "0"], ["--muon-lr", "1e-2"], ["--muon-lr", "0", "--sars"]])
+def test_a_run_equals_a_loop_written_out(tmp_path, monkeypatch, more):
     """Here compiling changes no function; the warm-up that it brings must leave no trace."""
     monkeypatch.setattr(torch, "compile", lambda f, **_: f)
     monkeypatch.setattr(train_arc, "LOG_EVERY", 1)
     monkeypatch.setattr(train_arc, "WARMUP", 0.2)
     monkeypatch.setattr(train_arc, "CLIP", 0.02)            # below the routing loss's small gradients, too
     data, small = one_task_set(tmp_path / "data"), ["--batch-tokens", "30", "--max-tokens", "30", "--compile"]
-    words = [*FAST, *small, "--dropout", "0.1", "--lr", "2e-2", "--seed", "3", word]
+    words = [*FAST, *small, "--dropout", "0.1", "--lr", "2e-2", "--seed", "3", *more]
     saved, (expected, history, found) = train(data, tmp_path / "out", *words), literal_run(data, 0.02, *words)
     log = read_log(tmp_path / "out")
     assert equal(saved, expected) and list(zip(log["loss"], log["grad_norm"])) == history
@@ -1026,7 +1031,8 @@ def test_the_result_is_on_disk_before_the_answers_and_not_while_the_run_goes_on(
         train(one_task_set(tmp_path / "data"), out, "--steps", 12)
     assert json.loads((out / "result.json").read_text())["steps"] == 12
     signal_in_step(monkeypatch, 2)
-    resume(out, "--steps", 16, "--no-score")
+    resume(out, "--steps", 16, "--no-score", "--lr", "1e-4")
+    assert read_log(out)["lr"][-1] == pytest.approx(1e-4 * 3 / 8)           # step 14 of 16
     assert saved_step(out) == 14 and not (out / "result.json").exists()
 
 
@@ -1106,6 +1112,8 @@ def test_a_new_run_begins_with_all_weights_of_another_but_its_tasks(learnt, tmp_
         train_arc.main([*words, "--d-model", "64"])
     with pytest.raises(InputError, match="expected one of them"):
         train_arc.main([*words, "--resume", str(learnt[1])])
+    with pytest.raises(InputError, match="trained on task 0d3d703e, perhaps on its tests"):
+        train_arc.main([*words, "--data", str(learnt[0])])
 
 
 def test_a_model_that_overfits_one_task_answers_exactly_and_again_with_one_process_or_two(learnt, tmp_path):
@@ -1149,7 +1157,8 @@ def test_the_presets_reach_the_flags_and_a_flag_wins(monkeypatch):
     ("--d-model 30", "--d-model 30: expected a multiple of 4"), ("--lr nan", "--lr nan: expected 1e-07 or more"),
     ("--steps -5", "--steps -5"), ("--lr fast", "--lr"), ("--dropout 1", "--dropout 1"), ("--speed 3", "--speed"),
     ("--batch-tokens 100", "--batch-tokens 100: expected --max-tokens 150"), ("--sars --dense", "--sars"),
-    ("--dense --no-ffn", "--dense --no-ffn"), ("--resume nowhere", "nowhere"), ("--data nowhere", "nowhere"),
+    ("--dense --no-ffn", "--dense --no-ffn"), ("--moie-norm --no-ffn", "--moie-norm: needs"),
+    ("--resume nowhere", "nowhere"), ("--data nowhere", "nowhere"),
     ("--compare nowhere", "nowhere: not a finished run"), (f"--data {ARC1} --extra nowhere", "nowhere: no tasks"),
     (f"--data {ARC1} --max-tokens 5", "no pair of at most 5 tokens")])
 def test_bad_flags_are_named_in_one_line_and_nothing_is_written(tmp_path, monkeypatch, words, fault):

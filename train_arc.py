@@ -7,8 +7,8 @@
 
 The recipe: one demonstration pair is one sequence; a learned embedding per task says which rule applies.
 Training sees the demonstrations of every task, the evaluation tasks' too, and never a test output of the
-evaluation split: `solve` alone reads these, after the last answer. The training split's test pairs are held
-out, for tuning.
+evaluation split: `solve` alone uses these, after the last answer. The training split's test pairs are trained
+on, too, but under --heldout, for tuning.
 
 Read from the top: tasks -> batches -> answers -> flags -> files -> training -> comparison -> main.
 Symbols   B batch, T tokens.
@@ -430,11 +430,11 @@ CPU = dict(d_model=128, n_head=2, n_layer=4, dropout=0.0, max_tokens=150, batch_
            muon_lr=1e-2, minutes=10.0, dtype="float32", extra=[], repeat=1)
 CUDA = dict(d_model=768, n_head=12, n_layer=10, dropout=0.1, max_tokens=1863, batch_tokens=2**15, lr=4e-3,
             muon_lr=4e-3, minutes=20.0, dtype="bfloat16", extra=["data/arc-agi-2", "data/re-arc.zip"], repeat=3)
-DENSE_LR = 0.25         # the dense control's best learning rates over the SPL's: see results/README.md
+DENSE_LR = 0.25         # the dense control's rates over the SPL's: the best of four on a GPU, see results/README.md
 # The least value of each number; none may reach a billion.
 LEAST = dict(ffn_factor=0, d_model=2, n_head=1, n_layer=1, dropout=0, repeat=1, colour_votes=1, show=0,
              seed=0, minutes=0.01, steps=0, max_tokens=5, batch_tokens=5, lr=1e-7, muon_lr=0, generated=0)
-SHAPE = "d_model", "n_head", "n_layer", "ffn_factor", "moie_norm", "dense"          # flags that shape a model
+SHAPE = "d_model", "n_head", "n_layer", "ffn_factor", "moie_norm", "dense"      # the flags that shape a model
 DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
 
 
@@ -444,7 +444,7 @@ def flag_parser():
     parser.error, add, switch = refuse, parser.add_argument, argparse.BooleanOptionalAction
     add("--resume", metavar="DIR", help="go on with the run in DIR, under its flags; a flag given anew counts")
     add("--eval", metavar="FILE", help="answer and score with this checkpoint, under its flags likewise")
-    add("--init", metavar="FILE", help="begin with this checkpoint's weights, all but its table of tasks")
+    add("--init", metavar="FILE", help="begin with this checkpoint's weights, for tasks that it has not seen")
     add("--compare", metavar="DIR", nargs="+", help="print a table of finished runs")
     # model
     add("--ffn-factor", type=int, default=1, help="hidden width of the FFN over D; 4 under --dense")
@@ -473,7 +473,7 @@ def flag_parser():
     add("--steps", type=int, default=0, help="training budget in steps, in place of minutes")
     add("--max-tokens", type=int, help="longest pair to train on; longer test pairs count as wrong")
     add("--batch-tokens", type=int, help="tokens per batch over all processes, padding included")
-    add("--lr", type=float, help="peak learning rate of AdamW")
+    add("--lr", type=float, help="peak learning rate of AdamW; by default lower under --dense, as Muon's is")
     add("--muon-lr", type=float, help="that of Muon, for the linear maps; 0: AdamW for all")
     add("--sars", action="store_true", help="train W_p and W_g by the routing loss of SARS alone")
     # machine
@@ -507,6 +507,10 @@ def parse(argv, saved={}):
         refuse("--dense --no-ffn: the control has an FFN of its own; leave out one of the two")
     if c.sars and (c.dense or world > 1):
         refuse("--sars: needs SPLs and one process; leave out --dense and torchrun")
+    if c.moie_norm and (c.dense or not c.ffn_factor):
+        refuse("--moie-norm: needs the FFN of SPLs; leave out --no-ffn and --dense")
+    if c.resume and bool(c.muon_lr) != bool(saved["muon_lr"]):
+        refuse(f"--muon-lr {c.muon_lr}: the run has {saved['muon_lr']}; Muon cannot be taken up or left")
     if c.resume and c.out:
         refuse("--resume: a run stays in its folder; leave out --out")
     for name in (*SHAPE, "sars"):
@@ -780,49 +784,54 @@ def make_folder(c, argv, flags):
 
 
 def read_start(first):
-    """(state of the run to go on with or to answer with, or None; {name: weight} to begin with, or None;
-    {flag: value} that come with these)."""
-    files = [file for file in (first.eval, first.init, first.resume and Path(first.resume, "checkpoint.pt")) if file]
+    """(the checkpoint that --resume, --eval or --init names, or None; the flags' values that come with it)."""
+    files = [file for file in (first.eval, first.init, first.resume) if file is not None]
     if not files:
-        return None, None, {}
+        return None, {}
     if len(files) > 1:
         refuse("--eval, --init, --resume: expected one of them, at most")
     try:
-        state = load_checkpoint(files[0])
+        start = load_checkpoint(files[0] if first.resume is None else Path(first.resume, "checkpoint.pt"))
     except ValueError as fault:
         refuse(fault)
-    flags, weights = state["flags"], state["model"]
-    if first.init:
-        del weights["task.weight"]
-        return None, weights, {name: flags[name] for name in SHAPE}
-    return state, weights, flags | {"out": None} | ({"device": first.device} if first.eval else {})
+    if first.init is not None:
+        return start, {name: start["shape"].get(name, False) for name in SHAPE}
+    return start, start["flags"] | {"out": None} | ({"device": first.device} if first.eval else {})
 
 
 def main(argv):
     first, _ = flag_parser().parse_known_args(argv)
     if first.compare:
         return compare(first.compare)
-    state, weights, saved = read_start(first)
+    start, saved = read_start(first)
     c = parse(argv, saved)
     rank, world = set_up(c)
+    state = start if first.init is None else None       # of the run, if it has begun
 
     # the data, and the model of the checkpoint or a new one
     names, pairs, heldout = (state["names"], [], []) if c.eval else load_data(c)
+    known = set(names) & set(start["names"]) if start and not state else None
+    if known:
+        refuse(f"--init {c.init}: trained on task {min(known)}, perhaps on its tests, too; expected new tasks alone (a "
+               "bare --extra adds none)")
     digest = hashlib.sha256(b"".join(pair.views[0].tokens.tobytes() for pair in pairs)).hexdigest()
     shape = state["shape"] if state else {"n_task": len(names)} | {name: vars(c)[name] for name in SHAPE}
     model = Transformer(Config(**shape, dropout=c.dropout, dtype=c.dtype)).to(c.device)
     compiled = c.compile and not c.eval and can_compile(c.device)
     optimizers = make_optimizers(c, model, compiled)
-    if weights:
-        model.load_state_dict(weights, strict=state is not None)        # --init leaves out the table of tasks
-    if state:
-        for optimizer, tensors in zip(optimizers, state["optimizers"]):
+    if start:
+        new = {} if state else {"task.weight": model.task.weight}       # under --init the tasks are others
+        model.load_state_dict(start["model"] | new)
+    if c.resume:
+        if (state["names"], state["pairs"]) != (names, digest):
+            refuse(f"{c.data} {' '.join(c.extra)}: other pairs than those that the run was trained on")
+        for optimizer, tensors, lr in zip(optimizers, state["optimizers"], (c.lr, c.muon_lr)):
             optimizer.load_state_dict(tensors)
-    if c.resume and (state["names"], state["pairs"]) != (names, digest):
-        refuse(f"{c.data} {' '.join(c.extra)}: other pairs than those that the run was trained on")
+            for group in optimizer.param_groups:
+                group["peak_lr"] = lr                   # perhaps given anew
     state = state or {"names": names, "pairs": digest, "shape": shape, "step": 0, "seconds": 0.0, "log": []}
     state["flags"] = {name: value for name, value in vars(c).items()
-                      if name not in ("resume", "eval", "init", "compare")}
+                      if name not in ("resume", "eval", "compare")}
     if rank == 0:
         make_folder(c, argv, state["flags"])
 
