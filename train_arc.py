@@ -430,7 +430,7 @@ CPU = dict(d_model=128, n_head=2, n_layer=4, dropout=0.0, max_tokens=150, batch_
            muon_lr=1e-2, minutes=10.0, dtype="float32", extra=[], repeat=1)
 CUDA = dict(d_model=768, n_head=12, n_layer=10, dropout=0.1, max_tokens=1863, batch_tokens=2**15, lr=4e-3,
             muon_lr=4e-3, minutes=20.0, dtype="bfloat16", extra=["data/arc-agi-2", "data/re-arc.zip"], repeat=3)
-DENSE_LR = 0.25         # the dense control's rates over the SPL's: the best of four on a GPU, see results/README.md
+DENSE_LR = 0.25         # the dense control's rates over the SPL's: the best of three on a GPU, see results/README.md
 # The least value of each number; none may reach a billion.
 LEAST = dict(ffn_factor=0, d_model=2, n_head=1, n_layer=1, dropout=0, repeat=1, colour_votes=1, show=0,
              seed=0, minutes=0.01, steps=0, max_tokens=5, batch_tokens=5, lr=1e-7, muon_lr=0, generated=0)
