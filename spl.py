@@ -159,6 +159,8 @@ MOMENTUM, ROW_BETA = 0.95, 0.95             # of its momentum; of the lengths of
 def orthogonalize(x):
     """(N, r, c) -> matrices of the same singular vectors, with singular values near 1: five steps of the
     Newton-Schulz iteration, with the coefficients of Jordan et al. 2024. In bfloat16 on CUDA."""
+    if x.shape[-2] > x.shape[-1]:
+        return orthogonalize(x.mT).mT           # the same, by products of the shorter side
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-12)
     x = x.bfloat16() if x.is_cuda else x
     for _ in range(5):

@@ -279,13 +279,14 @@ def test_muon_makes_updates_orthogonal(device):
     assert (product - product.mT).norm() < 0.05 * product.norm()
 
 
-def test_muon_on_stacks_equals_a_loop_over_matrices_written_out():
-    matrices = [nn.Parameter(torch.randn(4, 6, dtype=torch.float64)) for _ in range(3)]
+@pytest.mark.parametrize("shape", [(4, 6), (6, 4)])
+def test_muon_on_stacks_equals_a_loop_over_matrices_written_out(shape):
+    matrices = [nn.Parameter(torch.randn(shape, dtype=torch.float64)) for _ in range(3)]
     expected = [p.detach().clone() for p in matrices]
     optimizer, state = Muon([{"params": matrices}], lr=0.1, weight_decay=0.2), [[0, 0] for _ in matrices]
     for _ in range(4):
         for n, p in enumerate(matrices):
-            p.grad = g = torch.randn(4, 6, dtype=torch.float64)
+            p.grad = g = torch.randn(shape, dtype=torch.float64)
             m = state[n][0] = 0.95 * state[n][0] + 0.05 * g
             x = 0.05 * g + 0.95 * m
             x = x / x.norm()
