@@ -132,6 +132,8 @@ def read_pairs(file):
     """[(input, output), ...] of one of RE-ARC's files."""
     try:
         pairs = json.loads(file.read_bytes())
+        if not isinstance(pairs, list):
+            raise ValueError(f"a {type(pairs).__name__}; expected a list of pairs, as RE-ARC has them")
         return [(read_grid(pair["input"]), read_grid(pair["output"])) for pair in pairs]
     except (KeyError, TypeError, ValueError, RecursionError) as fault:
         raise InputError(f"{file}: {'no ' if isinstance(fault, KeyError) else ''}{fault}") from None
@@ -148,15 +150,13 @@ def without_leaks(others, asked):
     def demonstrations(task):
         return frozenset((key(x), key(y)) for x, y in task.train)
 
+    def leaks(name, task):
+        return (name in asked or demonstrations(task) in asked_demonstrations
+                or any(key(x) in asked_inputs for x, _ in task.train + task.test))
+
     asked_demonstrations = {demonstrations(task) for task in asked.values()}
     asked_inputs = {key(x) for task in asked.values() for x, _ in task.test}
-    kept = {}
-    for name, task in others.items():
-        inputs = {key(x) for x, _ in task.train + task.test}
-        if name not in asked and not inputs & asked_inputs:
-            if demonstrations(task) not in asked_demonstrations:
-                kept[name] = task
-    return kept
+    return {name: task for name, task in others.items() if not leaks(name, task)}
 
 
 # ------------------------------------------------------------------------------------------ batches
@@ -224,34 +224,38 @@ def read_extra(path):
     return tasks, generated
 
 
-def load_data(c):
-    """(ids of the tasks, pairs to train on, held-out samples). No output that is asked for is used.
-
-    Under --heldout the tests of the training split are held out. Generated pairs would spoil those of their own
-    tasks: where there are any, every second training task gets none and stands for the asked ones, its tests
-    alone are held out, and its demonstrations are shown as often as theirs.
-    """
+def read_asked(c):
+    """{id: Task} of the split to answer, without outputs of tests."""
     if not Path(c.data).is_dir():
         refuse(f"--data {c.data}: no such folder")
     asked = read_tasks(c.data, c.split)
     if not asked:
         refuse(f"--data {c.data}: no arc-agi_{c.split}_challenges.json and no task in a folder {c.split}")
+    return asked
+
+
+def load_data(c):
+    """(ids of the tasks, pairs to train on, held-out samples). No output that is asked for is used.
+
+    Under --heldout the tests of the training split are held out. Generated pairs would spoil those of their own
+    tasks: where there are any, every second training task gets none, and its tests alone are held out. Tasks whose
+    tests are held out stand for the asked ones: their demonstrations are shown as often.
+    """
+    asked = read_asked(c)
     for file in sorted(Path(c.data).glob("arc-agi_*")):
         if not any(file.match(f"arc-agi_{split}_*.json") for split in ("training", c.split)):
             print(f"{file} is not used")
     tasks = read_tasks(c.data, "training", solved=True)
     sure = without_leaks(tasks, asked)          # whose tests, and generated pairs, give nothing away
+    extras = {path: read_extra(path) for path in c.extra}
+    hidden, more = set(sure) if c.heldout else set(), {name: [] for name in sure}
+    if any(generated for _, generated in extras.values()):
+        hidden &= set(sorted(sure)[1::2])
+    unseen = asked | {name: tasks[name] for name in hidden}
     tasks |= asked                              # an asked task leaves the training split
-    hidden, repeated, more = set(sure) if c.heldout else set(), set(asked), {name: [] for name in sure}
-    half = set(sorted(sure)[1::2])
-    for path in c.extra:
-        found, generated = read_extra(path)
-        unseen = asked | {name: tasks[name] for name in hidden}
+    for path, (found, generated) in extras.items():
         new = {name: task for name, task in without_leaks(found, unseen).items() if name not in tasks}
         tasks, sure = tasks | new, sure | new
-        if generated:
-            hidden &= half
-            repeated |= hidden
         known = more.keys() & generated.keys() - hidden
         for name in known:
             more[name] += generated[name][:c.generated]
@@ -272,7 +276,7 @@ def load_data(c):
             if pair_tokens(x, y) <= c.max_tokens and not leaks:
                 shown.append(Pair(free, encode_views(len(names), x, y)))
         if shown:
-            pairs += shown * (c.repeat if name in repeated else 1)
+            pairs += shown * (c.repeat if name in asked or name in hidden else 1)
             if name in hidden:                  # unturned and in true colours
                 heldout += [encode_views(len(names), x, y)[0] for x, y in tests]
             names.append(name)
@@ -386,7 +390,7 @@ def draw(title, grid):
 def solve(c, model, names, rank=0, world=1):
     """Answers the test inputs of c.split, writes submission.json, scores it -> what result.json says of it."""
     model.eval()
-    tasks, questions = read_tasks(c.data, c.split), {}
+    tasks, questions = read_asked(c), {}
     index = {name: n for n, name in enumerate(names)}
     for name in [name for name in tasks if name in index]:
         free = free_colours(tasks[name], c.permute_colours)
@@ -426,72 +430,89 @@ def solve(c, model, names, rank=0, world=1):
 
 
 # ------------------------------------------------------------------------------------------ flags
-CPU = dict(d_model=128, n_head=2, n_layer=4, dropout=0.0, max_tokens=150, batch_tokens=1536, lr=5e-3,
-           muon_lr=1e-2, minutes=10.0, dtype="float32", extra=[], repeat=1)
-CUDA = dict(d_model=768, n_head=12, n_layer=10, dropout=0.1, max_tokens=1863, batch_tokens=2**15, lr=4e-3,
-            muon_lr=4e-3, minutes=20.0, dtype="bfloat16", extra=["data/arc-agi-2", "data/re-arc.zip"], repeat=3)
+DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+DEFAULTS = dict(
+    resume=None, eval=None, init=None, compare=None, ffn_factor=1, moie_norm=False, dense=False,
+    data="data/arc-agi-1", generated=60, split="evaluation", heldout=False, permute_colours=True, score=True,
+    colour_votes=4, show=0, out=None, seed=0, steps=0, sars=False, device=DEVICES[0], compile=True)
+CPU = dict(
+    d_model=128, n_head=2, n_layer=4, dropout=0.0, extra=[], repeat=1, minutes=10.0, max_tokens=150,
+    batch_tokens=1536, lr=5e-3, muon_lr=1e-2, dtype="float32")
+CUDA = dict(
+    d_model=768, n_head=12, n_layer=10, dropout=0.1, extra=["data/arc-agi-2", "data/re-arc.zip"], repeat=3,
+    minutes=20.0, max_tokens=1863, batch_tokens=2**15, lr=4e-3, muon_lr=4e-3, dtype="bfloat16")
 DENSE_LR = 0.25         # the dense control's rates over the SPL's: the best of three on a GPU, see results/README.md
 # The least value of each number; none may reach a billion.
 LEAST = dict(ffn_factor=0, d_model=2, n_head=1, n_layer=1, dropout=0, repeat=1, colour_votes=1, show=0,
              seed=0, minutes=0.01, steps=0, max_tokens=5, batch_tokens=5, lr=1e-7, muon_lr=0, generated=0)
 SHAPE = "d_model", "n_head", "n_layer", "ffn_factor", "moie_norm", "dense"      # the flags that shape a model
-DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
 
 
 def flag_parser():
+    """It yields the flags that are given, and no others."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error, add, switch = refuse, parser.add_argument, argparse.BooleanOptionalAction
-    add("--resume", metavar="DIR", help="go on with the run in DIR, under its flags; a flag given anew counts")
-    add("--eval", metavar="FILE", help="answer and score with this checkpoint, under its flags likewise")
-    add("--init", metavar="FILE", help="begin with this checkpoint's weights, for tasks that it has not seen")
-    add("--compare", metavar="DIR", nargs="+", help="print a table of finished runs")
+                                     argument_default=argparse.SUPPRESS)
+    parser.error, switch = refuse, argparse.BooleanOptionalAction
+
+    def add(flag, help, **how):
+        name = flag.strip("-").replace("-", "_")
+        if name in CPU:
+            help += f" (on a CPU {CPU[name]}, on a GPU {CUDA[name]})"
+        elif DEFAULTS.get(name):
+            help += f" ({DEFAULTS[name]})"
+        parser.add_argument(flag, help=help, **how)
+
+    add("--resume", "go on with the run in DIR, under its flags; a flag given anew counts", metavar="DIR")
+    add("--eval", "answer and score with this checkpoint, under its flags likewise", metavar="FILE")
+    add("--init", "begin with this checkpoint's weights, for tasks that it has not seen", metavar="FILE")
+    add("--compare", "print a table of finished runs", metavar="DIR", nargs="+")
     # model
-    add("--ffn-factor", type=int, default=1, help="hidden width of the FFN over D; 4 under --dense")
-    add("--no-ffn", dest="ffn_factor", action="store_const", const=0, help="leave it out, as --ffn-factor 0")
-    add("--moie-norm", action="store_true", help="normalize the input of the FFN's second SPL")
-    add("--dense", action="store_true", help="the control: nn.Linear attention and a GELU FFN")
-    add("--d-model", type=int, help="width D")
-    add("--n-head", type=int, help="heads H")
-    add("--n-layer", type=int, help="layers L")
-    add("--dropout", type=float, help="dropout on each branch, in training")
+    add("--ffn-factor", "hidden width of the FFN over D; 4 under --dense", type=int)
+    add("--no-ffn", "leave it out, as --ffn-factor 0", dest="ffn_factor", action="store_const", const=0)
+    add("--moie-norm", "normalize the input of the FFN's second SPL", action="store_true")
+    add("--dense", "the control: nn.Linear attention and a GELU FFN", action="store_true")
+    add("--d-model", "width D", type=int)
+    add("--n-head", "heads H", type=int)
+    add("--n-layer", "layers L", type=int)
+    add("--dropout", "dropout on each branch, in training", type=float)
     # data and answers
-    add("--data", default="data/arc-agi-1", help="folder of the task set, as Kaggle or GitHub has it")
-    add("--extra", nargs="*", help="folders or zips of more tasks or, as RE-ARC has them, pairs")
-    add("--generated", type=int, default=60, help="pairs to take from RE-ARC for each task, at most")
-    add("--split", default="evaluation", choices=SPLITS[1:], help="split to answer")
-    add("--heldout", action=switch, default=False, help="hold out the training split's test pairs")
-    add("--permute-colours", action=switch, default=True, help="permute the colours of a task")
-    add("--repeat", type=int, help="times that an epoch shows each pair of the split to answer")
-    add("--score", action=switch, default=True, help="answer and score the split at the end")
-    add("--colour-votes", type=int, default=4, help="colour tables under which each of 8 views answers")
-    add("--show", type=int, default=0, help="test inputs to draw with their answers")
-    add("--out", help="folder of this run, a new one; by default in runs/")
+    add("--data", "folder of the task set, as Kaggle or GitHub has it")
+    add("--extra", "folders or zips of more tasks or, as RE-ARC has them, pairs", nargs="*")
+    add("--generated", "pairs to take from RE-ARC for each task, at most", type=int)
+    add("--split", "split to answer", choices=SPLITS[1:])
+    add("--heldout", "hold out the training split's test pairs", action=switch)
+    add("--permute-colours", "permute the colours of a task", action=switch)
+    add("--repeat", "times that an epoch shows each pair of the tasks to answer", type=int)
+    add("--score", "answer and score the split at the end", action=switch)
+    add("--colour-votes", "colour tables under which each of 8 views answers", type=int)
+    add("--show", "test inputs to draw with their answers", type=int)
+    add("--out", "folder of this run, a new one; by default in runs/")
     # training
-    add("--seed", type=int, default=0, help="seed of weights, order, views and colours")
-    add("--minutes", type=float, help="training budget; scoring comes on top")
-    add("--steps", type=int, default=0, help="training budget in steps, in place of minutes")
-    add("--max-tokens", type=int, help="longest pair to train on; longer test pairs count as wrong")
-    add("--batch-tokens", type=int, help="tokens per batch over all processes, padding included")
-    add("--lr", type=float, help="peak learning rate of AdamW; by default lower under --dense, as Muon's is")
-    add("--muon-lr", type=float, help="that of Muon, for the linear maps; 0: AdamW for all")
-    add("--sars", action="store_true", help="train W_p and W_g by the routing loss of SARS alone")
+    add("--seed", "seed of weights, order, views and colours", type=int)
+    add("--minutes", "training budget; scoring comes on top", type=float)
+    add("--steps", "training budget in steps, in place of minutes", type=int)
+    add("--max-tokens", "longest pair to train on; longer test pairs count as wrong", type=int)
+    add("--batch-tokens", "tokens per batch over all processes, padding included", type=int)
+    add("--lr", "peak learning rate of AdamW; under --dense a quarter, as Muon's is", type=float)
+    add("--muon-lr", "that of Muon, for the linear maps; 0: AdamW for all", type=float)
+    add("--sars", "train W_p and W_g by the routing loss of SARS alone", action="store_true")
     # machine
-    add("--device", choices=DEVICES, default=DEVICES[0], help="where to run")
-    add("--dtype", choices=["float32", "bfloat16"], help="of matrix products; bfloat16 by autocast")
-    add("--compile", action=switch, default=True, help="torch.compile the blocks, where that works")
+    add("--device", "where to run", choices=DEVICES)
+    add("--dtype", "of matrix products; bfloat16 by autocast", choices=["float32", "bfloat16"])
+    add("--compile", "torch.compile the blocks, where that works", action=switch)
     return parser
 
 
 def parse(argv, saved={}):
-    """The flags' values; by default those `saved` by an earlier run, all or some, or what suits the device."""
-    parser = flag_parser()
-    first, _ = parser.parse_known_args(argv)
-    preset = dict(CUDA if first.device == "cuda" else CPU)
-    if first.dense or saved.get("dense"):
+    """The flags' values: given in `argv`, or else `saved` by an earlier run, or else what suits the device."""
+    given, world = vars(flag_parser().parse_args(argv)), int(os.environ.get("WORLD_SIZE", 1))
+    chosen = DEFAULTS | saved | given
+    preset = dict(CUDA if chosen["device"] == "cuda" else CPU)
+    if chosen["dense"]:
         preset |= {"lr": DENSE_LR * preset["lr"], "muon_lr": DENSE_LR * preset["muon_lr"], "ffn_factor": 4}
-    parser.set_defaults(**(preset | saved))
-    c, world = parser.parse_args(argv), int(os.environ.get("WORLD_SIZE", 1))
+    if "minutes" in given and "steps" not in given:
+        saved = saved | {"steps": 0}                                # the budget is another one now
+    c = argparse.Namespace(**(DEFAULTS | preset | saved | given))
     for name, least in LEAST.items():
         if not least <= getattr(c, name) < 1e9:                     # nan is refused as well
             refuse(f"--{name.replace('_', '-')} {getattr(c, name)}: expected {least} or more, below 1e9")
@@ -571,11 +592,9 @@ def make_optimizers(c, model, compiled):
               {"params": [p for p in rest if p not in decaying], "weight_decay": 0.0}]
     optimizers = [torch.optim.AdamW(groups, c.lr, betas=(0.9, 0.95), fused=True)]
     if maps:
-        shapes = {p.shape: [] for p in maps}
-        for p in maps:
-            shapes[p.shape].append(p)
         orthogonal = torch.compile(orthogonalize) if compiled else orthogonalize
-        stacks = [{"params": stack} for stack in shapes.values()]
+        shapes = dict.fromkeys(p.shape for p in maps)                       # each once, in their order
+        stacks = [{"params": [p for p in maps if p.shape == shape]} for shape in shapes]
         optimizers.append(Muon(stacks, c.muon_lr, WEIGHT_DECAY, orthogonal))
     for group in itertools.chain(*(optimizer.param_groups for optimizer in optimizers)):
         group["peak_lr"] = group["lr"]
@@ -602,8 +621,8 @@ def clock(c, state, stop, world):
 
 
 def monitored(c, pairs, heldout):
-    """(What is looked at in training, as the log names it; its batches): held-out pairs or, where there are
-    none, a batch of training pairs."""
+    """("heldout" or, where no pairs are held out, "trained", as the log names it; batches to look at in training):
+    all held-out pairs or a single batch of training pairs."""
     if not heldout:
         return "trained", [collate(next(batches(pairs, c))[1], c.device)]
     parts = split_by_budget([len(sample.tokens) for sample in heldout], c.batch_tokens)
@@ -650,44 +669,40 @@ def train(c, model, optimizers, pairs, kind, looked_at, state, stop, rank, world
         mark = now
         used, stopped = clock(c, state, stop, world)
         last = used >= 1 or stopped
-        log_due = last or state["step"] % LOG_EVERY == 0
-        save_due = last or state["seconds"] - saved > 60 * SAVE_MINUTES
-        if (log_due or save_due) and not norm.isfinite():
+        if not last and state["step"] % LOG_EVERY:
+            continue
+
+        # once in a while: log, look, save
+        if not norm.isfinite():
             refuse(f"step {state['step']}: loss {loss.item():g}, gradient norm {norm.item():g}, learning rate "
                    f"{groups[0]['lr']:.2g}; a lower --lr may help; the last checkpoint is kept")
-
-        # once in a while: log
-        if log_due:
-            if world > 1:
-                dist.all_reduce(loss)
-            row = {"step": state["step"], "epoch": epoch, "lr": groups[0]["lr"],
-                   "loss": loss.item() / world, "grad_norm": norm.item()}
-            if c.sars:
-                row["route_loss"] = route_loss.item()
-            state["seconds"] += time.perf_counter() - mark          # only now is a GPU done
-            speed = tokens / (state["seconds"] - since)
-            row |= {"seconds": state["seconds"], "tokens_per_s": speed}
-            if rank == 0 and (last or used >= look_at):
-                found = evaluate(model, looked_at)
-                row |= {f"{kind}_{name}": value for name, value in found.items()}
-                row["pi"] = pi_score(found["loss"], found["entropy"], row["grad_norm"])
-                shown = f", {kind} {found['loss']:.3f}"
-                look_at = used + HELDOUT_EVERY
-            state["log"].append(row)
-            if rank == 0:
-                save(Path(c.out, "log.csv"), state["log"])
-            mfu = model.mfu(speed / world, targets.shape[1])
-            share = f", MFU {mfu:.0%}" if mfu else ""
-            bar.set_postfix_str(f"loss {row['loss']:.3f}{shown}, {speed:.0f} tok/s{share}", refresh=False)
-            bar.update(int(100 * min(1, used)) - bar.n)
-            tokens, since = 0, state["seconds"]
-
-        # once in a while: save
-        if save_due and rank == 0:
-            save_checkpoint(c, model, optimizers, state)
-            saved = state["seconds"]
-        if log_due or save_due:
-            mark = time.perf_counter()                              # neither looking nor saving is training
+        if world > 1:
+            dist.all_reduce(loss)
+        row = {"step": state["step"], "epoch": epoch, "lr": groups[0]["lr"],
+               "loss": loss.item() / world, "grad_norm": norm.item()}
+        if c.sars:
+            row["route_loss"] = route_loss.item()
+        state["seconds"] += time.perf_counter() - mark              # only now is a GPU done
+        speed = tokens / (state["seconds"] - since)
+        row |= {"seconds": state["seconds"], "tokens_per_s": speed}
+        if rank == 0 and (last or used >= look_at):
+            found = evaluate(model, looked_at)
+            row |= {f"{kind}_{name}": value for name, value in found.items()}
+            row["pi"] = pi_score(found["loss"], found["entropy"], row["grad_norm"])
+            shown = f", {kind} {found['loss']:.3f}"
+            look_at = used + HELDOUT_EVERY
+        state["log"].append(row)
+        if rank == 0:
+            save(Path(c.out, "log.csv"), state["log"])
+            if last or state["seconds"] - saved > 60 * SAVE_MINUTES:
+                save_checkpoint(c, model, optimizers, state)
+                saved = state["seconds"]
+        mfu = model.mfu(speed / world, targets.shape[1])
+        share = f", MFU {mfu:.0%}" if mfu else ""
+        bar.set_postfix_str(f"loss {row['loss']:.3f}{shown}, {speed:.0f} tok/s{share}", refresh=False)
+        bar.update(int(100 * min(1, used)) - bar.n)
+        tokens, since = 0, state["seconds"]
+        mark = time.perf_counter()                                  # neither looking nor saving is training
     bar.close()
     return not stopped
 
@@ -716,7 +731,10 @@ def compare(folders):
         log, loss = logs[folder], logs[folder]["heldout_loss"]
         run |= {columns[2]: log["loss"][-5:].mean(), columns[3]: np.interp(seconds, log["seconds"], loss),
                 columns[4]: log["seconds"][np.argmax(loss <= target)]}
-        arms.setdefault(folder.name.split("-seed")[0], {})[run["seed"]] = run
+        seeds = arms.setdefault(folder.name.split("-seed")[0], {})
+        if run["seed"] in seeds:
+            refuse(f"{folder}: a second run of this arm with seed {run['seed']}; expected one")
+        seeds[run["seed"]] = run
     print("| arm | n |", " | ".join(columns), "| heldout_loss, less the first arm's, 95% interval |")
     print("|---" * (len(columns) + 3) + "|")
     first = next(iter(arms.values()))
@@ -735,19 +753,6 @@ def compare(folders):
 
 
 # ------------------------------------------------------------------------------------------ main
-def fall_silent(stream):
-    """Makes `stream` fall silent once nobody reads it any more: a closed pipe or terminal ends no run."""
-    write = stream.write
-
-    def write_if_read(text):
-        try:
-            write(text)
-            stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    stream.write = write_if_read
-
-
 def save_checkpoint(c, model, optimizers, state):
     tensors = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
     save(Path(c.out, "checkpoint.pt"), state | tensors)
@@ -758,6 +763,7 @@ def set_up(c):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if c.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.set_num_threads(1)                        # more would wake for each small copy, and spin on
     if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if c.device == "cuda" else "gloo")
     if rank > 0:
@@ -769,7 +775,8 @@ def set_up(c):
 
 
 def make_folder(c, argv, flags):
-    """Makes the folder of a new run, which no other run can make, too, and writes config.json."""
+    """Makes the folder of a new run, which no other run can make, too, and writes config.json: the flags, and
+    how the run was begun, at first and at each --resume."""
     kind = "eval" if c.eval else c.arm
     c.out = c.resume or c.out or time.strftime(f"runs/{kind}-seed{c.seed}-%Y%m%d-%H%M%S-{os.getpid()}")
     if not c.resume:
@@ -779,37 +786,40 @@ def make_folder(c, argv, flags):
             refuse(f"--out {c.out}: is there already; name another, or go on with it: --resume {c.out}")
     git = subprocess.run("git describe --always --dirty", shell=True, cwd=Path(__file__).parent,
                          capture_output=True, text=True).stdout.strip()
-    more = {"out": c.out, "command": argv, "git": git, "torch": torch.__version__}
-    save(Path(c.out, "config.json"), flags | more)
+    file, begun = Path(c.out, "config.json"), {"command": argv, "git": git, "torch": torch.__version__}
+    earlier = read_json(file).get("begun", []) if c.resume and file.exists() else []
+    save(file, flags | {"out": c.out, "begun": [*earlier, begun]})
 
 
-def read_start(first):
+def read_start(given):
     """(the checkpoint that --resume, --eval or --init names, or None; the flags' values that come with it)."""
-    files = [file for file in (first.eval, first.init, first.resume) if file is not None]
+    files = [given[name] for name in ("eval", "init", "resume") if name in given]
     if not files:
         return None, {}
     if len(files) > 1:
         refuse("--eval, --init, --resume: expected one of them, at most")
     try:
-        start = load_checkpoint(files[0] if first.resume is None else Path(first.resume, "checkpoint.pt"))
+        start = load_checkpoint(Path(files[0], "checkpoint.pt") if "resume" in given else files[0])
     except ValueError as fault:
         refuse(fault)
-    if first.init is not None:
+    if "init" in given:
         return start, {name: start["shape"].get(name, False) for name in SHAPE}
-    return start, start["flags"] | {"out": None} | ({"device": first.device} if first.eval else {})
+    return start, start["flags"] | {"out": None} | ({"device": DEVICES[0]} if "eval" in given else {})
 
 
 def main(argv):
-    first, _ = flag_parser().parse_known_args(argv)
-    if first.compare:
-        return compare(first.compare)
-    start, saved = read_start(first)
+    given = vars(flag_parser().parse_args(argv))
+    if "compare" in given:
+        return compare(given["compare"])
+    start, saved = read_start(given)
     c = parse(argv, saved)
     rank, world = set_up(c)
-    state = start if first.init is None else None       # of the run, if it has begun
+    state = None if c.init else start                   # of the run, if it has begun
 
     # the data, and the model of the checkpoint or a new one
     names, pairs, heldout = (state["names"], [], []) if c.eval else load_data(c)
+    if not c.eval and len(pairs) < world:
+        refuse(f"--data {c.data}: {len(pairs)} pairs to train on, by {world} processes; expected one for each")
     known = set(names) & set(start["names"]) if start and not state else None
     if known:
         refuse(f"--init {c.init}: trained on task {min(known)}, perhaps on its tests, too; expected new tasks alone (a "
@@ -830,6 +840,8 @@ def main(argv):
             for group in optimizer.param_groups:
                 group["peak_lr"] = lr                   # perhaps given anew
     state = state or {"names": names, "pairs": digest, "shape": shape, "step": 0, "seconds": 0.0, "log": []}
+    if c.resume and not c.score and clock(c, state, [], world)[0] >= 1:
+        refuse(f"--resume {c.resume}: its budget is used up; expected more --minutes or --steps")
     state["flags"] = {name: value for name, value in vars(c).items()
                       if name not in ("resume", "eval", "compare")}
     if rank == 0:
@@ -862,8 +874,8 @@ def main(argv):
                   "training_gib": torch.cuda.max_memory_allocated() / 2**30}
         if rank == 0:
             found = evaluate(model, looked_at)
-            print("{}: loss {loss:.4f}, {tokens:.1%} of tokens, {grids:.1%} of grids".format(
-                "held-out" if heldout else "trained", **found))
+            print("{} {} pairs: loss {loss:.4f}, {tokens:.1%} of tokens, {grids:.1%} of grids".format(
+                sum(len(batch[0]) for batch in looked_at), kind, **found))
             result |= {f"{kind}_{name}": value for name, value in found.items()}
             save(Path(c.out, "result.json"), result)        # before the answers, which may fail
 
@@ -877,8 +889,6 @@ def main(argv):
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")       # for terminals that lack a letter of a path
-    fall_silent(sys.stdout)
-    fall_silent(sys.stderr)
     try:
         sys.exit(main(sys.argv[1:]))
     except (InputError, OSError) as fault:                  # OSError names its file: missing or unreadable
