@@ -23,7 +23,8 @@ from spl import SparseProtoLinear, bench, forward_backward
 
 class MoIE(nn.Module):
     """(..., D) -> (..., D): two SPLs around a relu. With `norm` the second one gets a normalized input, as an
-    SPL should: where relu leaves little, it may fire no neuron at all."""
+    SPL should: its match shrinks with its input, its cost does not, and where relu leaves little it may fire no
+    neuron at all."""
 
     def __init__(self, d_model, d_ffn, norm=False):
         super().__init__()

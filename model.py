@@ -35,7 +35,7 @@ START, NL, SEP, END, N_VOCAB = 10, 11, 12, 13, 14       # 0..9 are the colours
 MAX_SIDE = 30                                           # rows and columns of a grid, at most
 MAX_OUTPUT = MAX_SIDE * (MAX_SIDE + 1) + 1              # 30 rows of 30 cells and <nl>, then <end>
 IGNORE = -100                                           # the target of a token that is not scored
-INVERSE = 0, 3, 2, 1, 4, 5, 6, 7                        # of each view: a mirror undoes itself
+INVERSE = 0, 3, 2, 1, 4, 5, 6, 7                        # the view that undoes each: 1 and 3 are quarter turns
 N_VIEW = len(INVERSE)
 STRIDE = 64                                             # slots by which decoding reads more of its cache
 # dense bfloat16 FLOP/s, from the data sheets
@@ -101,7 +101,7 @@ def collate(samples, device):
     The target at t is token t + 1 where that is an output token or <end>, IGNORE elsewhere."""
     T, on_cuda = max(len(sample.tokens) for sample in samples), torch.device(device).type == "cuda"
     if on_cuda:
-        T = math.ceil(T / 8) * 8                            # other lengths would be compiled apart
+        T = math.ceil(T / 8) * 8                            # other lengths would be compiled once more
     tokens, targets = np.full((len(samples), T), END), np.full((len(samples), T), IGNORE)
     for row, (_, _, sequence, n_prompt) in enumerate(samples):
         tokens[row, :len(sequence)] = sequence
@@ -237,8 +237,8 @@ class Transformer(nn.Module):
         """Greedy continuation of right-padded prompts, all at once -> (B, N <= max_new), filled with `end`.
 
         tokens (B, P), lengths (B,). A row ends with `end`, or where its grid exceeds `limit` a side. Its new
-        tokens are cached in the slots after P. Positions travel as angles, so a slot means nothing: the mask
-        alone says what is read, never the padding. The slots that are read grow by STRIDE.
+        tokens are cached in the slots after P. A key holds its position, as angles, so the order of slots is free:
+        the mask alone says what is read, never the padding. The slots that are read grow by STRIDE.
         """
         (B, P), c, device = tokens.shape, self.config, tokens.device
         dtype = torch.bfloat16 if c.dtype == "bfloat16" else self.head.weight.dtype

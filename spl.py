@@ -30,10 +30,10 @@ from torch import nn
 
 
 class Peak(torch.autograd.Function):
-    """max_j |z_j| over the last axis, kept as one of size 1; its gradient is shared by the entries that equal it.
+    """max_j |z_j| over the last axis, kept as one of size 1; the entries that equal it share its gradient.
 
-    They are those that equal it to a rounding error: `amax`, which asks for the very number, finds none where
-    compiled bfloat16 code rounds one of the two, and its gradient is 0/0, NaN.
+    Entries within a rounding error of it count as equal. `amax` compares exactly: where compiled bfloat16 code
+    has rounded one of the two, it finds no such entry and divides 0 by 0.
     """
     generate_vmap_rule = True
 
@@ -91,7 +91,7 @@ class SparseProtoLinear(nn.Module):
     @torch.no_grad()
     def reset_parameters(self):
         bound = 1 / math.sqrt(self.in_features)
-        # The mask stops half of the neurons and shrinks the others, so W_mu starts at twice the usual scale.
+        # The mask stops half of the neurons and shrinks the others: W_mu starts larger, nn.Linear's has 0.58/√D_in.
         self.mu_weight.normal_(std=2 * bound)
         if self.mu_bias is not None:
             self.mu_bias.zero_()
@@ -129,7 +129,7 @@ def goodness(e, r, k, eps=0.01):
 
 
 def jsd(p, q):
-    """Jensen-Shannon divergence over the last axis, in [0, ln 2]; an entry of 0 counts as its limit."""
+    """Jensen-Shannon divergence over the last axis, in [0, ln 2]; 0·log 0 is taken as 0."""
     tiny = torch.finfo(p.dtype).tiny
     logm = ((p + q) / 2).clamp_min(tiny).log()
     return sum((d * (d.clamp_min(tiny).log() - logm)).sum(-1) for d in (p, q)) / 2
@@ -139,7 +139,7 @@ def routing_loss(spl, x, Y_out, real):
     """L_route = mean over tokens of JSD(M / ΣM ‖ goodness / Σ goodness), after the task loss's backward pass.
 
     x (..., D_in) and Y_out (..., D_out) are the layer's, Y_out.grad kept; real (...,) is 0 for padding, which
-    counts in nothing. It reaches W_p and W_g alone; a mask of zeros gives ln 2 / 2 and no gradient.
+    counts in nothing. Its gradient reaches W_p and W_g alone; a mask of zeros gives ln 2 / 2 and no gradient.
     """
     def normalized(z):
         return z / z.sum(-1, keepdim=True).clamp_min(1e-9)     # a smaller guard overflows in its derivative
@@ -153,7 +153,7 @@ def routing_loss(spl, x, Y_out, real):
 
 
 # ---- Muon: the optimizer for W_mu, and for any matrix that is a linear map; W_p and W_g want AdamW ----
-MOMENTUM, ROW_BETA = 0.95, 0.95             # of its momentum; of the lengths of its rows
+MOMENTUM, ROW_BETA = 0.95, 0.95             # decay rates of the momentum and of the rows' mean squares
 
 
 def orthogonalize(x):
@@ -213,8 +213,13 @@ def can_compile(device):
 def bench(candidates, seconds=3.0, calls=1):
     """{name: function} -> {name: median seconds}; they take turns, so that a noisy machine is noisy for all.
     A measurement is `calls` in a row: on a GPU one is launched while another runs, as in training."""
-    times, start = {name: [] for name in candidates}, time.perf_counter()
-    for i in itertools.count():
+    times = {name: [] for name in candidates}
+    for run in 2 * [*candidates.values()]:                      # warm-up, compilation included
+        run()
+    start = time.perf_counter()
+    for rounds in itertools.count():
+        if rounds >= 3 and time.perf_counter() - start > seconds:
+            return {name: statistics.median(t) for name, t in times.items()}
         for name, run in candidates.items():
             begin = time.perf_counter()
             for _ in range(calls):
@@ -222,10 +227,6 @@ def bench(candidates, seconds=3.0, calls=1):
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             times[name].append((time.perf_counter() - begin) / calls)
-        if i == 1:                                              # two rounds of warm-up, compilation included
-            times, start = {name: [] for name in candidates}, time.perf_counter()
-        if i >= 4 and time.perf_counter() - start > seconds:
-            return {name: statistics.median(t) for name, t in times.items()}
 
 
 def forward_backward(layer, x):
@@ -243,17 +244,18 @@ if __name__ == "__main__":
     print(f"{'D':>5}" + "".join(f"{name:>13}" for name in (*columns, "ms to 3·D", "active")))
     for D in (128, 256, 768):
         x = torch.randn(N, D, device=device, dtype=dtype, requires_grad=True)
-        layers = nn.Linear(D, D), nn.Linear(D, 3 * D), SparseProtoLinear(D, D)
-        dense, triple, spl = (layer.to(device, dtype) for layer in layers)
+        dense, triple = (nn.Linear(D, n * D).to(device, dtype) for n in (1, 3))
+        spl = SparseProtoLinear(D, D).to(device, dtype)
         weights = spl.mu_weight, spl.mu_bias, spl.proto_weight, spl.gate_weight
         layers = dense, triple, spl, torch.compile(spl), lambda x: spl_reference(x, *weights)[0]
-        runs = {name: forward_backward(layer, x) for name, layer in zip(columns, layers)
-                if name != "compiled" or compiles}
-        t = bench(runs, calls=calls)
+        runs = dict(zip(columns, layers))
+        if not compiles:
+            del runs["compiled"]
+        t = bench({name: forward_backward(layer, x) for name, layer in runs.items()}, calls=calls)
         ratios = "".join(f"{t.get(name, math.nan) / t['to 3·D']:13.2f}" for name in columns)
         print(f"{D:5}{ratios}{1000 * t['to 3·D']:13.2f}{(spl.route(x)[1] > 0).float().mean():13.0%}")
 
-    print("\nOne SPL output is XOR, as no relu of a linear map: W_mu = [-1, -1], b_mu = 2, W_p = [1, 1], W_g = 0")
+    print("\nOne SPL output computes XOR, which no relu of a linear map can: W_mu = [-1, -1], b_mu = 2, W_p = [1, 1], W_g = 0")
     x = torch.tensor([[0., 0.], [0., 1.], [1., 0.], [1., 1.]])
     weights = torch.tensor([[-1., -1.]]), torch.tensor([2.]), torch.ones(1, 2), torch.zeros(1, 2)
     y = spl_reference(x, *weights)[0]

@@ -674,7 +674,7 @@ def test_tasks_that_leak_an_asked_one_are_dropped(tmp_path):
 def test_what_is_trained_on_and_what_is_held_out(tmp_path, words):
     """`leaky` loses the pair that shows an asked input, and its tests. `both` is an asked task, whose outputs the
     training file knows, as Kaggle's test file repeats some. `long` is too long but for its test, as are two pairs of
-    `fine`. The tasks whose tests are asked or held out are shown twice."""
+    `fine`. The tasks whose tests are neither asked nor held out are shown every second epoch."""
     both, long = (made(21, 22), made(23)), [([[1] * 9], [[1] * 30])]
     data = write_set(tmp_path / "data", {
         "test": {"both": both, "asked": (made(7, 2), made(2))},
@@ -685,19 +685,21 @@ def test_what_is_trained_on_and_what_is_held_out(tmp_path, words):
                                            "evaluation": {"d": (made(13), made(14)), "e": (made(2, 15), made(16))}})
     names, pairs, heldout = train_arc.load_data(flags(
         "--data", data, "--split", "test", "--repeat", 2, "--max-tokens", 30, "--extra", extra, *words))
-    shown = {"leaky": [1, 3], "both": [21, 22] * 2} | ({} if words else {"long": [12]})
-    shown |= {"fine": [5] * 2 if words else [5, 6], "asked": [7, 2] * 2, "c": [10, 11], "d": [13, 14]}
-    trained = [(name, *made(n)[0]) for name in shown for n in shown[name]]
+    shown = {"leaky": [1, 3], "both": [21, 22]} | ({} if words else {"long": [12]})
+    shown |= {"fine": [5] if words else [5, 6], "asked": [7, 2], "c": [10, 11], "d": [13, 14]}
+    trained, often = [(name, *made(n)[0]) for name in shown for n in shown[name]], {"both", "asked"}
     for view in range(8):
         samples = [pair.views[view] for pair in pairs]
         assert [(names[sample.task], *spelled(sample)) for sample in samples] == trained
     assert [(names[sample.task], *spelled(sample)) for sample in heldout] == ([("fine", *made(6)[0])] if words else [])
+    often |= {"fine"} if words else set()
+    assert all(pair.every == (1 if names[pair.views[0].task] in often else 2) for pair in pairs)
     assert names == [*shown] and {sample.view for sample in heldout} <= {0}     # unturned, and in true colours
 
 
 @pytest.mark.parametrize("zipped", [False, True])
 def test_generated_pairs_reach_training_tasks_that_are_not_held_out_and_no_asked_one(tmp_path, zipped):
-    """`twin` is the asked task under another id. Of the others, b and d stand for the asked ones, and are repeated."""
+    """`twin` is the asked task under another id. Of the others, b and d stand for the asked ones."""
     training = {name: (made(n), made(n + 50)) for n, name in enumerate("abcd", 1)} | {"twin": (made(9, 8), made(6))}
     data = write_set(tmp_path / "data", {"training": training, "evaluation": {"asked": (made(8, 9), made(7))}})
     for n, name in enumerate([*training, "asked", "other"], 10):
@@ -706,12 +708,13 @@ def test_generated_pairs_reach_training_tasks_that_are_not_held_out_and_no_asked
     extra = shutil.make_archive(tmp_path / "re_arc", "zip", tmp_path, "re_arc") if zipped else tmp_path / "re_arc"
     words = "--data", data, "--extra", extra, "--generated", 3, "--repeat", 2
     names, pairs, heldout = train_arc.load_data(flags(*words, "--heldout"))
-    shown = {"a": [1, 51, 10, 20], "b": [2, 2], "c": [3, 53, 12, 22], "d": [4, 4], "twin": [9, 8], "asked": [8, 9] * 2}
+    shown = {"a": [1, 51, 10, 20], "b": [2], "c": [3, 53, 12, 22], "d": [4], "twin": [9, 8], "asked": [8, 9]}
     trained = [(names[pair.views[0].task], *spelled(pair.views[0])) for pair in pairs]
     assert trained == [(name, *made(n)[0]) for name in shown for n in shown[name]]
     assert [(names[sample.task], *spelled(sample)) for sample in heldout] == [
         ("b", *made(52)[0]), ("d", *made(54)[0])]
-    assert len(train_arc.load_data(flags(*words))[1]) == 4 * 4 + 2 + 4
+    assert [pair.every for pair in pairs] == [2] * 4 + [1] + [2] * 4 + [1] + [2] * 2 + [1] * 2
+    assert len(train_arc.load_data(flags(*words))[1]) == 4 * 4 + 2 + 2
 
 
 def test_the_shipped_pairs_are_read_and_the_twin_of_an_evaluation_task_gets_none():
@@ -763,6 +766,12 @@ def test_an_epoch_shows_each_pair_once_in_any_view_and_colouring_and_its_batches
     assert min(Counter(view for i, view, *_ in seen if i == 1)[view] for view in range(8)) > 8
     colourings = [len({tuple(shown) for i, _, *shown in seen if i == task}) for task in (1, 3)]
     assert colourings[0] > 190 and colourings[1] == 1                   # the colours of the last are not free
+
+
+def test_every_third_epoch_shows_a_pair_of_the_others():
+    pairs = [Pair([], encode_views(n, np.ones((1, 1), int)), 1 if n < 2 else 3) for n in range(6)]
+    plan = [sorted(sample.task for batch in epoch for sample in batch) for epoch in epochs(pairs, 3, 100)]
+    assert plan == [[0, 1, 3], [0, 1, 2, 5], [0, 1, 4]]
 
 
 def test_the_stream_follows_from_the_seed_and_the_epoch():
@@ -1001,7 +1010,8 @@ def test_a_stopped_run_goes_on_to_the_same_weights_and_with_nothing_else(tmp_pat
     assert saved_step(out) == at and not (out / "result.json").exists() and signal.getsignal(number) == handler
     with pytest.raises(InputError, match="stopped: is there already"):                   # no run overwrites another
         train(data, out, *words)
-    for word, value, fault in (("--repeat", 2, "other pairs than those"), ("--d-model", 16, "model has 32"),
+    more = write_set(tmp_path / "more", {"training": {"more": (made(1, 2), made(3))}})
+    for word, value, fault in (("--extra", more, "other pairs than those"), ("--d-model", 16, "model has 32"),
                                ("--ffn-factor", 1, "model has 0"), ("--n-layer", 3, "model has 2"),
                                ("--out", tmp_path / "other", "a run stays in its folder")):
         with pytest.raises(InputError, match=fault):

@@ -160,7 +160,8 @@ def without_leaks(others, asked):
 
 
 # ------------------------------------------------------------------------------------------ batches
-Pair = namedtuple("Pair", "free views")     # colours to permute; the Sample of each view
+# A pair's colours to permute, its Sample in each view, and n where every n-th epoch alone shows it.
+Pair = namedtuple("Pair", "free views every", defaults=[1])
 
 
 def free_colours(task, permute):
@@ -191,14 +192,15 @@ def split_by_budget(lengths, budget):
 
 
 def batches(pairs, c, world=1):
-    """Endless (epoch, samples): in an epoch each pair once, in a fresh view and colouring, similar lengths
-    together. Batch number n depends on data, seed and flags, not on the model: every arm sees the same, and
+    """Endless (epoch, samples): in an epoch each of its pairs once, in a fresh view and colouring, similar
+    lengths together. Batch number n depends on data, seed and flags, not on the model: every arm sees the same, and
     so does a resumed run."""
     for epoch in itertools.count():
         rng, samples = np.random.default_rng((c.seed, epoch)), []
-        for i in rng.permutation(len(pairs)):               # the sort is stable: equal lengths stay shuffled
-            sample = pairs[i].views[rng.integers(N_VIEW)]
-            table = colour_table(pairs[i].free, rng)
+        shown = [pair for n, pair in enumerate(pairs) if (n + epoch) % pair.every == 0]
+        for i in rng.permutation(len(shown)):               # the sort is stable: equal lengths stay shuffled
+            sample = shown[i].views[rng.integers(N_VIEW)]
+            table = colour_table(shown[i].free, rng)
             samples.append(sample._replace(tokens=table[sample.tokens]))
         parts = split_by_budget([len(sample.tokens) for sample in samples], c.batch_tokens)
         if len(parts) > 1 and len(parts[-1]) < max(2, world):       # every process needs a sample, and a
@@ -239,7 +241,8 @@ def load_data(c):
 
     Under --heldout the tests of the training split are held out. Generated pairs would spoil those of their own
     tasks: where there are any, every second training task gets none, and its tests alone are held out. Tasks whose
-    tests are held out stand for the asked ones: their demonstrations are shown as often.
+    tests are held out stand for the asked ones. The pairs of both are shown in every epoch, the others' in every
+    c.repeat-th: so no batch has one pair several times.
     """
     asked = read_asked(c)
     for file in sorted(Path(c.data).glob("arc-agi_*")):
@@ -270,17 +273,17 @@ def load_data(c):
             tests = [(x, y) for x, y in task.test if y is not None and pair_tokens(x, y) <= c.max_tokens]
         if name not in hidden:
             demos = demos + tests + more.get(name, [])
-        shown = []
+        shown, every = [], 1 if name in asked or name in hidden else c.repeat
         for x, y in demos:
             leaks = name not in asked and key(x) in asked_inputs
             if pair_tokens(x, y) <= c.max_tokens and not leaks:
-                shown.append(Pair(free, encode_views(len(names), x, y)))
+                shown.append(Pair(free, encode_views(len(names), x, y), every))
         if shown:
-            pairs += shown * (c.repeat if name in asked or name in hidden else 1)
+            pairs += shown
             if name in hidden:                  # unturned and in true colours
                 heldout += [encode_views(len(names), x, y)[0] for x, y in tests]
             names.append(name)
-    if not pairs:
+    if not any(pair.every == 1 for pair in pairs):
         refuse(f"--data {c.data}: no pair of at most {c.max_tokens} tokens; raise --max-tokens")
     return names, pairs, heldout
 
@@ -482,7 +485,7 @@ def flag_parser():
     add("--split", "split to answer", choices=SPLITS[1:])
     add("--heldout", "hold out the training split's test pairs", action=switch)
     add("--permute-colours", "permute the colours of a task", action=switch)
-    add("--repeat", "times that an epoch shows each pair of the tasks to answer", type=int)
+    add("--repeat", "how much more often than others the tasks to answer are shown", type=int)
     add("--score", "answer and score the split at the end", action=switch)
     add("--colour-votes", "colour tables under which each of 8 views answers", type=int)
     add("--show", "test inputs to draw with their answers", type=int)
@@ -818,13 +821,14 @@ def main(argv):
 
     # the data, and the model of the checkpoint or a new one
     names, pairs, heldout = (state["names"], [], []) if c.eval else load_data(c)
-    if not c.eval and len(pairs) < world:
-        refuse(f"--data {c.data}: {len(pairs)} pairs to train on, by {world} processes; expected one for each")
     known = set(names) & set(start["names"]) if start and not state else None
     if known:
         refuse(f"--init {c.init}: trained on task {min(known)}, perhaps on its tests, too; expected new tasks alone (a "
                "bare --extra adds none)")
-    digest = hashlib.sha256(b"".join(pair.views[0].tokens.tobytes() for pair in pairs)).hexdigest()
+    if not c.eval and sum(pair.every == 1 for pair in pairs) < world:
+        refuse(f"--data {c.data}: fewer pairs in an epoch than the {world} processes")
+    shown = (b"%d " % pair.every + pair.views[0].tokens.tobytes() for pair in pairs)
+    digest = hashlib.sha256(b"".join(shown)).hexdigest()
     shape = state["shape"] if state else {"n_task": len(names)} | {name: vars(c)[name] for name in SHAPE}
     model = Transformer(Config(**shape, dropout=c.dropout, dtype=c.dtype)).to(c.device)
     compiled = c.compile and not c.eval and can_compile(c.device)
