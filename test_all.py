@@ -587,15 +587,16 @@ def spelled(sample):
 
 
 def test_every_layout_reads_the_same(tmp_path):
-    """Kaggle's files, GitHub's folders, and a folder of folders of task files, as ConceptARC has them."""
+    """Kaggle's files, GitHub's folders, a folder of folders of task files, as ConceptARC has them, and one such file."""
     tasks = {"training": {"a": (made(1, 2), made(3))}, "evaluation": {"b": (made(4, 5), made(6, 7))}}
     kaggle, github = write_set(tmp_path / "kaggle", tasks), write_set(tmp_path / "github", tasks, github=True)
     shutil.copytree(github / "evaluation", tmp_path / "plain/concept")
-    for folder, solved in itertools.product((kaggle, github, tmp_path / "plain"), (False, True)):
+    folders = kaggle, github, tmp_path / "plain", tmp_path / "plain/concept/b.json"
+    for folder, solved in itertools.product(folders, (False, True)):
         (name, task), = train_arc.read_tasks(folder, "evaluation", solved).items()
         pairs = [[(x.tolist(), None if y is None else y.tolist()) for x, y in part] for part in task]
         assert (name, *pairs) == ("b", made(4, 5), made(6, 7) if solved else [(x, None) for x, _ in made(6, 7)])
-    assert train_arc.read_tasks(tmp_path / "plain", "training") == {}
+    assert all(train_arc.read_tasks(folder, "training") == {} for folder in folders[2:])
 
 
 def test_stray_files_are_skipped_and_links_and_upper_case_read_in_the_order_of_names(tmp_path):
@@ -1038,7 +1039,7 @@ def test_a_checkpoint_of_a_gpu_is_answered_without_one_but_not_trained(learnt, t
     state["flags"] |= {"device": "cuda", "data": str(learnt[0])}
     torch.save(state, tmp_path / "checkpoint.pt")
     assert train_arc.main(["--eval", str(tmp_path / "checkpoint.pt"), "--out", str(tmp_path / "out")]) is None
-    with pytest.raises(InputError, match="--data nowhere: no such folder"):
+    with pytest.raises(InputError, match="--data nowhere: no such file or folder"):
         train_arc.main(["--eval", str(tmp_path / "checkpoint.pt"), "--data", "nowhere", "--out", str(tmp_path / "two")])
     with pytest.raises(InputError, match="--device cuda: expected one of"):
         resume(tmp_path)
@@ -1128,6 +1129,7 @@ def test_a_new_run_begins_with_all_weights_of_another_but_its_tasks(learnt, tmp_
     assert new["names"] == ["turn", "mirror"] and new["model"].pop("task.weight").shape == (2, 32)
     for name, weight in new["model"].items():
         torch.testing.assert_close(weight, old["model"][name], atol=1e-6, rtol=0)
+    assert train_arc.read_start({"init": learnt[1] / "checkpoint.pt"})[1]["extra"] == []    # on a GPU, too
     with pytest.raises(InputError, match="--d-model 64: the checkpoint's model has 32"):
         train_arc.main([*words, "--d-model", "64"])
     with pytest.raises(InputError, match="expected one of them"):
@@ -1316,6 +1318,6 @@ def test_the_commands_of_the_readmes_parse_and_name_files_that_exist(tmp_path):
     assert any("train_arc.py" in words for words in found)
     for words in found:
         assert all((HERE / word).exists() for word in words if re.fullmatch(r"[\w./-]+\.(py|txt)", word)), words
-        if "train_arc.py" in words and not {"--help", "--resume", "--eval", "--compare"} & set(words):
+        if "train_arc.py" in words and not {"--help", "--resume", "--eval", "--init", "--compare"} & set(words):
             c = parse(words[words.index("train_arc.py") + 1:])
             assert all((HERE / folder).exists() for folder in (c.data, *c.extra)), words

@@ -82,8 +82,10 @@ def read_json(file):
 
 def read_raw(folder, split):
     """{id: (file, task as JSON)} of one split: Kaggle's one file, or GitHub's folder with a file for each
-    task. A folder of task files without splits, such as ConceptARC, is an evaluation split as a whole."""
+    task. Task files without splits, a folder of them such as ConceptARC or a single one, are an evaluation split."""
     folder, tasks = Path(folder), {}
+    if folder.is_file():
+        return {folder.stem: (folder, read_json(folder))} if split == "evaluation" else {}
     kaggle = folder / f"arc-agi_{split}_challenges.json"
     if kaggle.exists():
         return {name: (kaggle, raw) for name, raw in read_json(kaggle).items()}
@@ -228,8 +230,8 @@ def read_extra(path):
 
 def read_asked(c):
     """{id: Task} of the split to answer, without outputs of tests."""
-    if not Path(c.data).is_dir():
-        refuse(f"--data {c.data}: no such folder")
+    if not Path(c.data).exists():
+        refuse(f"--data {c.data}: no such file or folder")
     asked = read_tasks(c.data, c.split)
     if not asked:
         refuse(f"--data {c.data}: no arc-agi_{c.split}_challenges.json and no task in a folder {c.split}")
@@ -479,7 +481,7 @@ def flag_parser():
     add("--n-layer", "layers L", type=int)
     add("--dropout", "dropout on each branch, in training", type=float)
     # data and answers
-    add("--data", "folder of the task set, as Kaggle or GitHub has it")
+    add("--data", "the task set, a folder as Kaggle or GitHub has it, or one task's file")
     add("--extra", "folders or zips of more tasks or, as RE-ARC has them, pairs", nargs="*")
     add("--generated", "pairs to take from RE-ARC for each task, at most", type=int)
     add("--split", "split to answer", choices=SPLITS[1:])
@@ -806,7 +808,7 @@ def read_start(given):
     except ValueError as fault:
         refuse(fault)
     if "init" in given:
-        return start, {name: start["shape"].get(name, False) for name in SHAPE}
+        return start, {name: start["shape"].get(name, False) for name in SHAPE} | {"extra": []}
     return start, start["flags"] | {"out": None} | ({"device": DEVICES[0]} if "eval" in given else {})
 
 
@@ -823,8 +825,7 @@ def main(argv):
     names, pairs, heldout = (state["names"], [], []) if c.eval else load_data(c)
     known = set(names) & set(start["names"]) if start and not state else None
     if known:
-        refuse(f"--init {c.init}: trained on task {min(known)}, perhaps on its tests, too; expected new tasks alone (a "
-               "bare --extra adds none)")
+        refuse(f"--init {c.init}: trained on task {min(known)}, perhaps on its tests, too; expected new tasks alone")
     if not c.eval and sum(pair.every == 1 for pair in pairs) < world:
         refuse(f"--data {c.data}: fewer pairs in an epoch than the {world} processes")
     shown = (b"%d " % pair.every + pair.views[0].tokens.tobytes() for pair in pairs)
