@@ -170,7 +170,7 @@ class Transformer(nn.Module):
             nn.init.normal_(table.weight, std=0.1)    # small, so that the blocks soon outweigh them
         nn.init.zeros_(self.head.weight)              # the first prediction is uniform
         for block in self.blocks if self.config.dense else ():
-            # Each branch of the control starts at 0, where it was found to learn better (results/README.md).
+            # Each branch of the control starts at 0, as in the runs of results/README.md.
             for p in (*block.attn.o.parameters(), *block.ffn.down.parameters()):
                 nn.init.zeros_(p)
 

@@ -65,9 +65,11 @@ def line(B, T, device="cpu"):
 
 
 def small_model(**options):
-    """A Transformer that answers: its head is random, not the zeros that it starts with."""
+    """A Transformer that answers: what starts at 0, such as its head, is random."""
     model = Transformer(Config(**{"n_task": 3, "d_model": 16, "n_head": 2, "n_layer": 1} | options)).double()
-    nn.init.normal_(model.head.weight)
+    for p in model.parameters():
+        if not p.any():
+            nn.init.normal_(p)
     return model
 
 
@@ -429,6 +431,20 @@ def test_the_model_is_the_sum_of_its_embeddings_then_blocks_norm_and_head():
     y = model.norm(model.blocks[1](model.blocks[0](x, rope), rope)) @ model.head.weight.T
     torch.testing.assert_close(model(tokens, task, view), y)
     assert not Transformer(model.config)(tokens, task, view).any()              # a fresh one predicts all alike
+
+
+@pytest.mark.parametrize("options", [{"ffn_factor": 0}, {"ffn_factor": 1}, {"dense": True, "ffn_factor": 2}])
+def test_every_weight_learns_within_four_steps_and_the_dense_block_starts_as_the_identity(options):
+    model = Transformer(Config(n_task=3, d_model=16, n_head=2, n_layer=2, **options))
+    x, rope = torch.randn(2, 5, 16), rotary(line(2, 5), 8)
+    assert all(torch.equal(block(x, rope), x) == model.config.dense for block in model.blocks)
+    tokens, zero = torch.randint(14, (8, 30)), torch.zeros(8, dtype=torch.long)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    for _ in range(4):
+        optimizer.zero_grad()
+        task_loss(model, tokens, zero, zero, tokens).backward()
+        optimizer.step()
+    assert all(p.grad.any() for p in model.parameters())
 
 
 @pytest.mark.parametrize("device", DEVICES)

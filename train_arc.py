@@ -441,7 +441,7 @@ DEFAULTS = dict(
     data="data/arc-agi-1", generated=60, split="evaluation", heldout=False, permute_colours=True, score=True,
     colour_votes=4, show=0, out=None, seed=0, steps=0, sars=False, device=DEVICES[0], compile=True)
 CPU = dict(
-    d_model=128, n_head=2, n_layer=4, dropout=0.0, extra=[], repeat=1, minutes=10.0, max_tokens=150,
+    d_model=128, n_head=2, n_layer=4, dropout=0.0, extra=[], repeat=16, minutes=10.0, max_tokens=150,
     batch_tokens=1536, lr=5e-3, muon_lr=1e-2, dtype="float32")
 CUDA = dict(
     d_model=768, n_head=12, n_layer=10, dropout=0.1, extra=["data/arc-agi-2", "data/re-arc.zip"], repeat=3,
