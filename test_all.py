@@ -1328,6 +1328,16 @@ def commands(text, folder):
     return [line.split("\0")[:-1] for line in (folder / "record").read_text().split("\n\0")[:-1]]
 
 
+def test_the_readmes_example_runs_as_it_stands_and_its_optimizers_train_the_layer():
+    block, = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    exec(block, scope := {})
+    layer, before = scope["layer"], [p.clone() for p in scope["layer"].parameters()]
+    layer(scope["x"]).square().sum().backward()
+    scope["muon"].step()
+    scope["adamw"].step()
+    assert all(not torch.equal(p, old) for p, old in zip(layer.parameters(), before)) and scope["y"].shape == (2, 10, 64)
+
+
 def test_the_commands_of_the_readmes_parse_and_name_files_that_exist(tmp_path):
     found = commands((HERE / "README.md").read_text() + (HERE / "results/README.md").read_text(), tmp_path)
     assert ["pytest", "-q", "test_all.py"] in found and "pytest -q test_all.py" in (HERE / ".ci/run").read_text()
