@@ -315,6 +315,7 @@ def propose(model, questions, c, rank):
         for vote in range(c.colour_votes if pair.free else 1):
             table = colour_table(pair.free if vote else [], rng)
             jobs += [(question, table, prompt._replace(tokens=table[prompt.tokens])) for prompt in pair.views]
+    # A batch is as wide as its longest prompt and the longest output: prompts of similar lengths go together.
     bounds = [prompt.n_prompt + min(MAX_OUTPUT, c.max_tokens) for _, _, prompt in jobs]
     parts = split_by_budget(bounds, decode_tokens(model))
     proposed = {question: [] for question in questions}
@@ -635,8 +636,9 @@ def monitored(c, pairs, heldout):
 
 
 def train(c, model, optimizers, pairs, kind, looked_at, state, stop, rank, world):
-    """Trains until the budget is used or a signal is in `stop` -> whether it was the budget. `state` is kept
-    up to date (step, seconds of training, log) and saved; kind and looked_at are what `monitored` returns."""
+    """Trains until the budget is used or a signal is in `stop` -> whether it was the budget. `state` is what
+    save_checkpoint saves: step, seconds of training and log are kept up to date. kind and looked_at are what
+    `monitored` returns, rank and world what `set_up` does."""
     net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     routing = set(model.routing_weights()) if c.sars else set()     # these learn from a loss of their own
     others = [p for p in model.parameters() if p not in routing]
@@ -644,7 +646,7 @@ def train(c, model, optimizers, pairs, kind, looked_at, state, stop, rank, world
     used, stopped = clock(c, state, stop, world)
     bar = tqdm(total=100, initial=int(100 * used), bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}",
                ascii=True, dynamic_ncols=True, disable=rank > 0)
-    look_at, shown, tokens, since, saved = used, "", 0, state["seconds"], state["seconds"]
+    look_at, last_look, tokens, since, saved_at = used, "", 0, state["seconds"], state["seconds"]
     mark = time.perf_counter()
     for epoch, batch in itertools.islice(batches(pairs, c, world), state["step"], None):
         if used >= 1 or stopped:
@@ -694,17 +696,17 @@ def train(c, model, optimizers, pairs, kind, looked_at, state, stop, rank, world
             found = evaluate(model, looked_at)
             row |= {f"{kind}_{name}": value for name, value in found.items()}
             row["pi"] = pi_score(found["loss"], found["entropy"], row["grad_norm"])
-            shown = f", {kind} {found['loss']:.3f}"
+            last_look = f", {kind} {found['loss']:.3f}"
             look_at = used + HELDOUT_EVERY
         state["log"].append(row)
         if rank == 0:
             save(Path(c.out, "log.csv"), state["log"])
-            if last or state["seconds"] - saved > 60 * SAVE_MINUTES:
+            if last or state["seconds"] - saved_at > 60 * SAVE_MINUTES:
                 save_checkpoint(c, model, optimizers, state)
-                saved = state["seconds"]
+                saved_at = state["seconds"]
         mfu = model.mfu(speed / world, targets.shape[1])
         share = f", MFU {mfu:.0%}" if mfu else ""
-        bar.set_postfix_str(f"loss {row['loss']:.3f}{shown}, {speed:.0f} tok/s{share}", refresh=False)
+        bar.set_postfix_str(f"loss {row['loss']:.3f}{last_look}, {speed:.0f} tok/s{share}", refresh=False)
         bar.update(int(100 * min(1, used)) - bar.n)
         tokens, since = 0, state["seconds"]
         mark = time.perf_counter()                                  # neither looking nor saving is training
@@ -816,10 +818,10 @@ def main(argv):
     given = vars(flag_parser().parse_args(argv))
     if "compare" in given:
         return compare(given["compare"])
-    start, saved = read_start(given)
+    start, saved = read_start(given)                    # the checkpoint that is named, if any, and its flags
     c = parse(argv, saved)
     rank, world = set_up(c)
-    state = None if c.init else start                   # of the run, if it has begun
+    state = None if c.init else start                   # of this run, if it has begun
 
     # the data, and the model of the checkpoint or a new one
     names, pairs, heldout = (state["names"], [], []) if c.eval else load_data(c)
