@@ -255,7 +255,7 @@ if __name__ == "__main__":
         ratios = "".join(f"{t.get(name, math.nan) / t['to 3·D']:13.2f}" for name in columns)
         print(f"{D:5}{ratios}{1000 * t['to 3·D']:13.2f}{(spl.route(x)[1] > 0).float().mean():13.0%}")
 
-    print("\nOne SPL output computes XOR, which no relu of a linear map can: W_mu = [-1, -1], b_mu = 2, W_p = [1, 1], W_g = 0")
+    print("\nOne SPL output is XOR, which no relu of a linear map is: W_mu = [-1, -1], b_mu = 2, W_p = [1, 1], W_g = 0")
     x = torch.tensor([[0., 0.], [0., 1.], [1., 0.], [1., 1.]])
     weights = torch.tensor([[-1., -1.]]), torch.tensor([2.]), torch.ones(1, 2), torch.zeros(1, 2)
     y = spl_reference(x, *weights)[0]

@@ -603,7 +603,7 @@ def spelled(sample):
 
 
 def test_every_layout_reads_the_same(tmp_path):
-    """Kaggle's files, GitHub's folders, a folder of folders of task files, as ConceptARC has them, and one such file."""
+    """Kaggle's files, GitHub's folders, a folder of folders of task files, as ConceptARC has them, and one file."""
     tasks = {"training": {"a": (made(1, 2), made(3))}, "evaluation": {"b": (made(4, 5), made(6, 7))}}
     kaggle, github = write_set(tmp_path / "kaggle", tasks), write_set(tmp_path / "github", tasks, github=True)
     shutil.copytree(github / "evaluation", tmp_path / "plain/concept")
@@ -655,13 +655,12 @@ def test_bad_sets_are_named(tmp_path, monkeypatch, files, words, fault):
 
 
 @pytest.mark.parametrize("github", [False, True])
-def test_outputs_that_are_asked_for_and_unused_files_are_not_opened(tmp_path, capsys, github):
+def test_outputs_that_are_asked_for_and_unused_files_are_not_opened(tmp_path, github):
     """A fault in them does not disturb loading, and is found as soon as they are read."""
     put("not even JSON", folder := one_task_set(tmp_path, github=github), "arc-agi_sample.json")
     file = folder / ("evaluation/mirror.json" if github else "arc-agi_evaluation_solutions.json")
     file.write_text(re.sub(r"\d(\D*)$", r"10\1", file.read_text()))     # the last number: a cell of an asked output
     assert train_arc.load_data(flags("--data", folder))[0] == ["turn", "mirror"]
-    assert capsys.readouterr().out == f"{folder / 'arc-agi_sample.json'} is not used\n"
     with pytest.raises(InputError, match=re.escape(f"{file}: task mirror: a cell is 10")):
         train_arc.read_tasks(folder, "evaluation", solved=True)
 
@@ -1057,6 +1056,7 @@ def test_a_checkpoint_of_a_gpu_is_answered_without_one_but_not_trained(learnt, t
     assert train_arc.main(["--eval", str(tmp_path / "checkpoint.pt"), "--out", str(tmp_path / "out")]) is None
     with pytest.raises(InputError, match="--data nowhere: no such file or folder"):
         train_arc.main(["--eval", str(tmp_path / "checkpoint.pt"), "--data", "nowhere", "--out", str(tmp_path / "two")])
+    assert not (tmp_path / "two").exists()
     with pytest.raises(InputError, match="--device cuda: expected one of"):
         resume(tmp_path)
 
@@ -1335,7 +1335,8 @@ def test_the_readmes_example_runs_as_it_stands_and_its_optimizers_train_the_laye
     layer(scope["x"]).square().sum().backward()
     scope["muon"].step()
     scope["adamw"].step()
-    assert all(not torch.equal(p, old) for p, old in zip(layer.parameters(), before)) and scope["y"].shape == (2, 10, 64)
+    assert all(not torch.equal(p, old) for p, old in zip(layer.parameters(), before))
+    assert scope["y"].shape == (2, 10, 64)
 
 
 def test_the_commands_of_the_readmes_parse_and_name_files_that_exist(tmp_path):

@@ -247,9 +247,6 @@ def load_data(c):
     c.repeat-th: so no batch has one pair several times.
     """
     asked = read_asked(c)
-    for file in sorted(Path(c.data).glob("arc-agi_*")):
-        if not any(file.match(f"arc-agi_{split}_*.json") for split in ("training", c.split)):
-            print(f"{file} is not used")
     tasks = read_tasks(c.data, "training", solved=True)
     sure = without_leaks(tasks, asked)          # whose tests, and generated pairs, give nothing away
     extras = {path: read_extra(path) for path in c.extra}
@@ -825,6 +822,8 @@ def main(argv):
 
     # the data, and the model of the checkpoint or a new one
     names, pairs, heldout = (state["names"], [], []) if c.eval else load_data(c)
+    if c.eval:
+        read_asked(c)                                   # a fault in it is found before a folder is made
     known = set(names) & set(start["names"]) if start and not state else None
     if known:
         refuse(f"--init {c.init}: trained on task {min(known)}, perhaps on its tests, too; expected new tasks alone")
