@@ -19,7 +19,6 @@ Train     W_p and W_g by AdamW at a high rate (4e-3), W_mu with them or, better,
 Run       python spl.py
 """
 
-import itertools
 import math
 import statistics
 import time
@@ -91,7 +90,8 @@ class SparseProtoLinear(nn.Module):
     @torch.no_grad()
     def reset_parameters(self):
         bound = 1 / math.sqrt(self.in_features)
-        # The mask stops half of the neurons and shrinks the others: W_mu starts larger, nn.Linear's has 0.58/√D_in.
+        # The mask stops half of the neurons and shrinks the others, so W_mu starts larger than nn.Linear's weight,
+        # whose standard deviation is 0.58/√D_in.
         self.mu_weight.normal_(std=2 * bound)
         if self.mu_bias is not None:
             self.mu_bias.zero_()
@@ -213,20 +213,20 @@ def can_compile(device):
 def bench(candidates, seconds=3.0, calls=1):
     """{name: function} -> {name: median seconds}; they take turns, so that a noisy machine is noisy for all.
     A measurement is `calls` in a row: on a GPU one is launched while another runs, as in training."""
-    times = {name: [] for name in candidates}
+    def timed(run, calls):
+        begin = time.perf_counter()
+        for _ in range(calls):
+            run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return (time.perf_counter() - begin) / calls
+
     for run in 2 * [*candidates.values()]:                      # warm-up, compilation included
-        run()
-    start = time.perf_counter()
-    for rounds in itertools.count():
-        if rounds >= 3 and time.perf_counter() - start > seconds:
-            return {name: statistics.median(t) for name, t in times.items()}
-        for name, run in candidates.items():
-            begin = time.perf_counter()
-            for _ in range(calls):
-                run()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            times[name].append((time.perf_counter() - begin) / calls)
+        timed(run, 1)
+    rounds, start = [], time.perf_counter()
+    while len(rounds) < 3 or time.perf_counter() - start < seconds:
+        rounds.append({name: timed(run, calls) for name, run in candidates.items()})
+    return {name: statistics.median(times[name] for times in rounds) for name in candidates}
 
 
 def forward_backward(layer, x):
