@@ -1270,7 +1270,7 @@ def test_all_processes_take_the_clock_and_the_stop_of_the_first(monkeypatch):
 def finished_run(folder, seed, losses):
     """A folder as a run leaves it: a look at the held-out pairs every 10 s, a line without one in between."""
     folder.mkdir(parents=True)
-    lines = [f"{10 * n},{2 * loss},{loss}\n{10 * n + 5},9,\n" for n, loss in enumerate(losses, 1)]
+    lines = [f"{10 * n},{2 * loss},{loss}\n{10 * n + 5},{3 * loss},\n" for n, loss in enumerate(losses, 1)]
     (folder / "log.csv").write_text("seconds,loss,heldout_loss\n" + "".join(lines))
     (folder / "config.json").write_text(json.dumps({"seed": seed}))
     result = {"heldout_loss": losses[-1], "heldout_grids": 0.25, "parameters": 100, "steps": 50, "seconds": 120}
@@ -1283,12 +1283,15 @@ def test_the_comparison_prints_means_deviations_and_the_paired_difference(tmp_pa
         finished_run(tmp_path / f"a-seed{n}", n, [0.9, a])
         finished_run(tmp_path / f"b-seed{n}", n, [0.7, b, b])
     train_arc.main(["--compare", *map(str, sorted(tmp_path.iterdir()))])
-    header, _, *rows = capsys.readouterr().out.splitlines()
-    a, b = (dict(zip(re.split(r" *\| *", header), re.split(r" *\| *", row))) for row in rows)
-    assert a["heldout_loss"] == "0.6 +- 0.1" and a["seconds"] == "120 +- 0" and a["pass@2"] == "0.1 +- 0.1"
-    assert b["heldout_loss at 20 s"] == b["heldout_loss"] == "0.55 +- 0.13" and b["training loss"] == "1.2 +- 0.18"
-    assert (b["arm"], b["n"], b["seconds to 0.700"]) == ("b", "3", "10 +- 0")
-    assert b["heldout_loss, less the first arm's, 95% interval"] == f"-0.0500 +- {4.30 * 0.05 / math.sqrt(3):.4f}"
+    header, _, *rows = (line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines())
+    assert header == ["mean +- s.d.", "a, n = 3", "b, n = 3"]
+    table = {name: (a, b) for name, a, b in rows}
+    assert table["heldout_loss"] == ("0.6 +- 0.1", "0.55 +- 0.13") and table["heldout_loss at 20 s"][1] == "0.55 +- 0.13"
+    assert table["seconds"] == ("120 +- 0", "120 +- 0") and table["seconds to 0.700"][1] == "10 +- 0"
+    assert table["pass@2"][0] == "0.1 +- 0.1" and table["training loss"][0] == "1.8 +- 0.3"
+    gaps = [b for name, _, b in rows if name == "less a's, 95% interval"]
+    assert gaps == [f"-0.0500 +- {4.30 * 0.05 / math.sqrt(3):.4f}", "+0.0000 +- 0.0000",
+                    f"-0.1500 +- {4.30 * 0.15 / math.sqrt(3):.4f}"]
     finished_run(tmp_path / "again" / "a-seed0", 0, [0.5])
     with pytest.raises(InputError, match="again.*a second run of this arm with seed 0"):
         train_arc.main(["--compare", str(tmp_path / "a-seed0"), str(tmp_path / "again" / "a-seed0")])

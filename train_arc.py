@@ -713,47 +713,59 @@ def train(c, model, optimizers, pairs, kind, looked_at, state, stop, rank, world
 
 # ------------------------------------------------------------------------------------------ comparison
 # Student's t, two-sided 95%, for 1, 2, ... degrees of freedom
-T95 = 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11
+T95 = 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10, 2.09
+
+
+def interval(gaps):
+    """The mean of `gaps` +- half of its 95% interval, by Student's t; "-" for fewer than two."""
+    if len(gaps) < 2:
+        return "-"
+    half = T95[min(len(gaps) - 1, len(T95)) - 1] * np.std(gaps, ddof=1) / math.sqrt(len(gaps))
+    return f"{np.mean(gaps):+.4f} +- {half:.4f}"
 
 
 def compare(folders):
-    """Prints a Markdown table of finished runs: mean +- standard deviation for each arm, which is a folder's
-    name up to "-seed", and its held-out loss less the first arm's, paired by seed, with the 95% interval."""
-    logs, runs, arms = {}, {}, {}
+    """Prints a Markdown table of finished runs: a column for each arm, which is a folder's name up to "-seed",
+    mean +- standard deviation; of what is learned also the difference from the first arm, paired by seed."""
+    arms, logs = {}, {}
     for folder in map(Path, folders):
         try:
+            run = read_json(folder / "config.json") | read_json(folder / "result.json") | {"folder": folder}
             log = np.genfromtxt(folder / "log.csv", delimiter=",", names=True)
             logs[folder] = log[np.isfinite(log["heldout_loss"])]
-            runs[folder] = read_json(folder / "config.json") | read_json(folder / "result.json")
         except (OSError, ValueError) as fault:
             refuse(f"{folder}: not a finished run with held-out pairs: {fault}")
+        run["training loss"] = log["loss"][-math.ceil(len(log) / 10):].mean()          # over the last tenth
+        runs = arms.setdefault(folder.name.split("-seed")[0], {})
+        if run["seed"] in runs:
+            refuse(f"{folder}: a second run of this arm with seed {run['seed']}; expected one")
+        runs[run["seed"]] = run
     seconds = min(log["seconds"][-1] for log in logs.values())
     target = max(log["heldout_loss"][-1] for log in logs.values())          # the loss that every run reaches
-    columns = ["heldout_loss", "heldout_grids", "training loss", f"heldout_loss at {seconds:.0f} s",
-               f"seconds to {target:.3f}", "pass@2", "parameters", "steps", "seconds"]
-    for folder, run in runs.items():
-        log, loss = logs[folder], logs[folder]["heldout_loss"]
-        run |= {columns[2]: log["loss"][-5:].mean(), columns[3]: np.interp(seconds, log["seconds"], loss),
-                columns[4]: log["seconds"][np.argmax(loss <= target)]}
-        seeds = arms.setdefault(folder.name.split("-seed")[0], {})
-        if run["seed"] in seeds:
-            refuse(f"{folder}: a second run of this arm with seed {run['seed']}; expected one")
-        seeds[run["seed"]] = run
-    print("| arm | n |", " | ".join(columns), "| heldout_loss, less the first arm's, 95% interval |")
-    print("|---" * (len(columns) + 3) + "|")
-    first = next(iter(arms.values()))
-    for arm, seeds in arms.items():
-        cells = [arm, str(len(seeds))]
-        for name in columns:
-            values = [run[name] for run in seeds.values() if name in run]
+    at, to = f"heldout_loss at {seconds:.0f} s", f"seconds to {target:.3f}"
+    for run in itertools.chain(*(runs.values() for runs in arms.values())):
+        log = logs[run["folder"]]
+        run[at] = np.interp(seconds, log["seconds"], log["heldout_loss"])
+        run[to] = log["seconds"][np.argmax(log["heldout_loss"] <= target)]
+
+    def print_row(name, cells):
+        print("|", " | ".join([name, *cells]), "|")
+
+    print_row("mean +- s.d.", [f"{arm}, n = {len(runs)}" for arm, runs in arms.items()])
+    print_row("---", ["---"] * len(arms))
+    first, *_ = arms
+    learned = "heldout_loss", "heldout_grids", "training loss"
+    for name in (*learned, at, to, "pass@2", "parameters", "steps", "seconds"):
+        cells, gaps = [], []
+        for arm, runs in arms.items():
+            values = [run[name] for run in runs.values() if name in run]
             spread = f" +- {np.std(values, ddof=1):.2g}" if len(values) > 1 else ""
             cells.append(f"{np.mean(values):.4g}{spread}" if values else "-")
-        gaps = [seeds[x]["heldout_loss"] - first[x]["heldout_loss"] for x in seeds if x in first]
-        cells.append("-")
-        if len(gaps) > 1:
-            half = T95[min(len(gaps) - 1, len(T95)) - 1] * np.std(gaps, ddof=1) / math.sqrt(len(gaps))
-            cells[-1] = f"{np.mean(gaps):+.4f} +- {half:.4f}"
-        print("|", " | ".join(cells), "|")
+            pairs = [(runs[seed], arms[first][seed]) for seed in runs if seed in arms[first] and arm != first]
+            gaps.append([run[name] - other[name] for run, other in pairs if name in learned])
+        print_row(name, cells)
+        if name in learned:
+            print_row(f"less {first}'s, 95% interval", map(interval, gaps))
 
 
 # ------------------------------------------------------------------------------------------ main
