@@ -566,8 +566,10 @@ def test_one_spl_output_computes_xor():
     assert spl_reference(x, -w, torch.tensor([2.]), w, gate)[0].flatten().tolist() == [0, 1, 1, 0]
 
 
-def test_relu_of_spl_is_not_a_relu_mlp_for_it_bends_between_its_corners():
+@pytest.mark.parametrize("seed", range(3))
+def test_relu_of_spl_is_not_a_relu_mlp_for_it_bends_between_its_corners(seed):
     """Along a line on which no neuron switches, a relu network is straight and relu(SPL) is not: it is rational."""
+    torch.manual_seed(seed)
     layer, mlp = random_spl(6, 5), nn.Sequential(nn.Linear(6, 50), nn.ReLU(), nn.Linear(50, 5)).double()
     start, step = torch.randn(2, 200, 1, 6, dtype=torch.float64)
     path = start + 1e-3 * torch.arange(3)[:, None] * step                              # 200 lines of three points
