@@ -1148,6 +1148,10 @@ def test_a_new_run_begins_with_all_weights_of_another_but_its_tasks(learnt, tmp_
     for name, weight in new["model"].items():
         torch.testing.assert_close(weight, old["model"][name], atol=1e-6, rtol=0)
     assert train_arc.read_start({"init": learnt[1] / "checkpoint.pt"})[1]["extra"] == []    # on a GPU, too
+    train_arc.main(["--resume", str(tmp_path / "out"), "--steps", "2"])           # from here a run like any other
+    assert train_arc.load_checkpoint(tmp_path / "out" / "checkpoint.pt")["step"] == 2
+    train_arc.main(["--eval", str(tmp_path / "out" / "checkpoint.pt"), "--out", str(tmp_path / "answers")])
+    assert (tmp_path / "answers" / "submission.json").exists()
     with pytest.raises(InputError, match="--d-model 64: the checkpoint's model has 32"):
         train_arc.main([*words, "--d-model", "64"])
     with pytest.raises(InputError, match="expected one of them"):

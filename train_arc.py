@@ -15,6 +15,7 @@ Symbols   B batch, T tokens.
 """
 
 import argparse
+import glob
 import hashlib
 import itertools
 import json
@@ -34,7 +35,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn     # its functions keep the process group that exists when it is imported: none yet
+import torch.distributed.nn     # its functions keep the process group that exists at import: none yet
 from torch import nn
 from tqdm import tqdm
 
@@ -69,14 +70,14 @@ def read_grid(value):
     return np.array(rows, dtype=np.uint8)
 
 
-def read_json(file):
-    """The JSON object in `file`."""
+def read_json(file, kind=dict, expected="an object"):
+    """The JSON value in `file`, which must be of this kind."""
     try:
         value = json.loads(Path(file).read_bytes())
     except (ValueError, RecursionError) as fault:
         raise InputError(f"{file}: not JSON: {fault}") from None
-    if not isinstance(value, dict):
-        refuse(f"{file}: a {type(value).__name__}; expected an object")
+    if not isinstance(value, kind):
+        refuse(f"{file}: a {type(value).__name__}; expected {expected}")
     return value
 
 
@@ -92,15 +93,15 @@ def read_raw(folder, split):
     has_splits = any(folder.glob("arc-agi_*")) or any((folder / name).is_dir() for name in SPLITS)
     if not has_splits and split != "evaluation":
         return {}
-    for path, folders, files in os.walk(folder / split if has_splits else folder, followlinks=True):
-        if not has_splits and Path(path).name in SPLITS:
-            refuse(f"{folder}: its tasks are in {Path(path).parent}; name that")
-        folders[:] = sorted(name for name in folders if name[0] != "." and name != "__MACOSX")
-        for file in sorted(Path(path, name) for name in files if name[0] != "."):
-            if file.suffix.lower() == ".json":
-                if file.stem in tasks:
-                    refuse(f"{file}: task {file.stem} is in {tasks[file.stem][0]}, too")
-                tasks[file.stem] = file, read_json(file)
+    root = folder / split if has_splits else folder
+    names = glob.glob("**/*.[jJ][sS][oO][nN]", root_dir=root, recursive=True)     # follows links, not ".*"
+    files = [root / name for name in names if "__MACOSX" not in name]
+    for file in sorted(files, key=lambda file: (file.parent, file)):
+        if not has_splits and file.parent.name in SPLITS:
+            refuse(f"{folder}: its tasks are in {file.parent.parent}; name that")
+        if file.stem in tasks:
+            refuse(f"{file}: task {file.stem} is in {tasks[file.stem][0]}, too")
+        tasks[file.stem] = file, read_json(file)
     return tasks
 
 
@@ -132,12 +133,10 @@ def read_tasks(folder, split, solved=False, faults=None):
 
 def read_pairs(file):
     """[(input, output), ...] of one of RE-ARC's files."""
+    pairs = read_json(file, list, "a list of pairs, as RE-ARC has them")
     try:
-        pairs = json.loads(file.read_bytes())
-        if not isinstance(pairs, list):
-            raise ValueError(f"a {type(pairs).__name__}; expected a list of pairs, as RE-ARC has them")
         return [(read_grid(pair["input"]), read_grid(pair["output"])) for pair in pairs]
-    except (KeyError, TypeError, ValueError, RecursionError) as fault:
+    except (KeyError, TypeError, ValueError) as fault:
         raise InputError(f"{file}: {'no ' if isinstance(fault, KeyError) else ''}{fault}") from None
 
 
@@ -162,7 +161,7 @@ def without_leaks(others, asked):
 
 
 # ------------------------------------------------------------------------------------------ batches
-# A pair's colours to permute, its Sample in each view, and n where every n-th epoch alone shows it.
+# The colours that may be permuted; a Sample in each view; the pair is shown in one of `every` epochs.
 Pair = namedtuple("Pair", "free views every", defaults=[1])
 
 
@@ -242,49 +241,44 @@ def load_data(c):
     """(ids of the tasks, pairs to train on, held-out samples). No output that is asked for is used.
 
     Under --heldout the tests of the training split are held out. Generated pairs would spoil those of their own
-    tasks: where there are any, every second training task gets none, and its tests alone are held out. Tasks whose
-    tests are held out stand for the asked ones. The pairs of both are shown in every epoch, the others' in every
-    c.repeat-th: so no batch has one pair several times.
+    tasks: where there are any, the tests of every second training task alone are held out, and it gets none.
+    The pairs of tasks to answer, and of those with held-out tests, which stand for them, are shown in every
+    epoch, the others' in every c.repeat-th: so no batch has one pair several times.
     """
-    asked = read_asked(c)
-    tasks = read_tasks(c.data, "training", solved=True)
-    sure = without_leaks(tasks, asked)          # whose tests, and generated pairs, give nothing away
-    extras = {path: read_extra(path) for path in c.extra}
-    hidden, more = set(sure) if c.heldout else set(), {name: [] for name in sure}
-    if any(generated for _, generated in extras.values()):
-        hidden &= set(sorted(sure)[1::2])
-    unseen = asked | {name: tasks[name] for name in hidden}
-    tasks |= asked                              # an asked task leaves the training split
-    for path, (found, generated) in extras.items():
-        new = {name: task for name, task in without_leaks(found, unseen).items() if name not in tasks}
-        tasks, sure = tasks | new, sure | new
-        known = more.keys() & generated.keys() - hidden
-        for name in known:
-            more[name] += generated[name][:c.generated]
+    asked, training = read_asked(c), read_tasks(c.data, "training", solved=True)
+    extras = [(path, *read_extra(path)) for path in c.extra]
+    more = {name: task.test for name, task in without_leaks(training, asked).items()}   # beside its demos
+    every_second = slice(1, None, 2) if any(generated for _, _, generated in extras) else slice(None)
+    held = {name: more[name] for name in sorted(more)[every_second]} if c.heldout else {}     # their tests
+    more = {name: tests for name, tests in more.items() if name not in held}
+    often, tasks = asked | {name: training[name] for name in held}, training | asked
+    for path, found, generated in extras:
+        new = {name: task for name, task in without_leaks(found, often).items() if name not in tasks}
+        known = more.keys() & generated.keys()
         print(f"{path}: {len(new)} new tasks of {len(found)}, generated pairs for {len(known)} tasks of "
               f"{len(generated)}; the others are dropped")
+        tasks |= new
+        more |= {name: task.test for name, task in new.items()}
+        more |= {name: more[name] + generated[name][:c.generated] for name in known}
 
     names, pairs, heldout = [], [], []
     asked_inputs = {key(x) for task in asked.values() for x, _ in task.test}
     for name, task in tasks.items():
-        free, demos, tests = free_colours(task, c.permute_colours), task.train, []
-        if name in sure:
-            tests = [(x, y) for x, y in task.test if y is not None and pair_tokens(x, y) <= c.max_tokens]
-        if name not in hidden:
-            demos = demos + tests + more.get(name, [])
-        shown, every = [], 1 if name in asked or name in hidden else c.repeat
-        for x, y in demos:
-            leaks = name not in asked and key(x) in asked_inputs
-            if pair_tokens(x, y) <= c.max_tokens and not leaks:
-                shown.append(Pair(free, encode_views(len(names), x, y), every))
+        free, every, n = free_colours(task, c.permute_colours), 1 if name in often else c.repeat, len(names)
+        shown = [Pair(free, encode_views(n, x, y), every) for x, y in task.train + more.get(name, [])
+                 if fits(x, y, c) and (name in asked or key(x) not in asked_inputs)]
         if shown:
-            pairs += shown
-            if name in hidden:                  # unturned and in true colours
-                heldout += [encode_views(len(names), x, y)[0] for x, y in tests]
             names.append(name)
+            pairs += shown                      # held-out ones are unturned, and in true colours
+            heldout += [encode_views(n, x, y)[0] for x, y in held.get(name, []) if fits(x, y, c)]
     if not any(pair.every == 1 for pair in pairs):
         refuse(f"--data {c.data}: no pair of at most {c.max_tokens} tokens; raise --max-tokens")
     return names, pairs, heldout
+
+
+def fits(x, y, c):
+    """Whether the output is known and the pair short enough to train on."""
+    return y is not None and pair_tokens(x, y) <= c.max_tokens
 
 
 # ------------------------------------------------------------------------------------------ answers
@@ -333,9 +327,10 @@ def propose(model, questions, c, rank):
             question, table, prompt = jobs[i]
             # Cut to its own bound, an output does not depend on the prompts beside it.
             rows = decode_grid(np.argsort(table)[output[:c.max_tokens - prompt.n_prompt]])
-            grid = rows and view_grid(np.array(rows), INVERSE[prompt.view]).tolist()
-            if grid and grid not in proposed[question]:
-                proposed[question].append(grid)
+            if rows is not None:
+                grid = view_grid(np.array(rows), INVERSE[prompt.view]).tolist()
+                if grid not in proposed[question]:
+                    proposed[question].append(grid)
         bar.update(len(part))
     bar.close()
     return proposed
@@ -353,7 +348,8 @@ def rank_outputs(model, questions, proposed, rank):
         for part in split_by_budget([len(sample.tokens) for sample in samples], RANK_TOKENS):
             batch = collate([samples[i] for i in part], model.head.weight.device)
             loss[part] = sample_losses(model, *batch).cpu()
-        order = np.argsort(loss.reshape(-1, N_VIEW).mean(1), kind="stable")
+        loss = loss.reshape(-1, N_VIEW).mean(1)                     # of each output, over its 8 views
+        order = np.argsort(loss, kind="stable")
         ranked[question] = [grids[i] for i in order]
     return ranked
 
@@ -394,12 +390,10 @@ def solve(c, model, names, rank=0, world=1):
     """Answers the test inputs of c.split, writes submission.json, scores it -> what result.json says of it."""
     model.eval()
     tasks, questions = read_asked(c), {}
-    index = {name: n for n, name in enumerate(names)}
-    for name in [name for name in tasks if name in index]:
-        free = free_colours(tasks[name], c.permute_colours)
-        for i, (x, _) in enumerate(tasks[name].test):
+    for n, name in enumerate(names):
+        for i, (x, _) in enumerate(tasks[name].test) if name in tasks else ():
             if pair_tokens(x, ONE_CELL) <= c.max_tokens:
-                questions[name, i] = Pair(free, encode_views(index[name], x))
+                questions[name, i] = Pair(free_colours(tasks[name], c.permute_colours), encode_views(n, x))
     mine = dict(list(questions.items())[rank::world])
     with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
         answers = rank_outputs(model, mine, propose(model, mine, c, rank), rank)
@@ -434,10 +428,6 @@ def solve(c, model, names, rank=0, world=1):
 
 # ------------------------------------------------------------------------------------------ flags
 DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
-DEFAULTS = dict(
-    resume=None, eval=None, init=None, compare=None, ffn_factor=1, moie_norm=False, dense=False,
-    data="data/arc-agi-1", generated=60, split="evaluation", heldout=False, permute_colours=True, score=True,
-    colour_votes=4, show=0, out=None, seed=0, steps=0, sars=False, device=DEVICES[0], compile=True)
 CPU = dict(
     d_model=128, n_head=2, n_layer=4, dropout=0.0, extra=[], repeat=16, minutes=10.0, max_tokens=150,
     batch_tokens=1536, lr=5e-3, muon_lr=1e-2, dtype="float32")
@@ -452,70 +442,63 @@ SHAPE = "d_model", "n_head", "n_layer", "ffn_factor", "moie_norm", "dense"      
 
 
 def flag_parser():
-    """It yields the flags that are given, and no others."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
-                                     argument_default=argparse.SUPPRESS)
-    parser.error, switch = refuse, argparse.BooleanOptionalAction
-
-    def add(flag, help, **how):
-        name = flag.strip("-").replace("-", "_")
-        if name in CPU:
-            help += f" (on a CPU {CPU[name]}, on a GPU {CUDA[name]})"
-        elif DEFAULTS.get(name):
-            help += f" ({DEFAULTS[name]})"
-        parser.add_argument(flag, help=help, **how)
-
-    add("--resume", "go on with the run in DIR, under its flags; a flag given anew counts", metavar="DIR")
-    add("--eval", "answer and score with this checkpoint, under its flags likewise", metavar="FILE")
-    add("--init", "begin with this checkpoint's weights, for tasks that it has not seen", metavar="FILE")
-    add("--compare", "print a table of finished runs", metavar="DIR", nargs="+")
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.error, add, switch = refuse, parser.add_argument, argparse.BooleanOptionalAction
+    add("--resume", metavar="DIR", help="go on with the run in DIR, under its flags; one given anew counts")
+    add("--eval", metavar="FILE", help="answer and score with this checkpoint, under its flags likewise")
+    add("--init", metavar="FILE", help="begin with this checkpoint's weights, for tasks that it has not seen")
+    add("--compare", metavar="DIR", nargs="+", help="print a table of finished runs")
     # model
-    add("--ffn-factor", "hidden width of the FFN over D; 4 under --dense", type=int)
-    add("--no-ffn", "leave it out, as --ffn-factor 0", dest="ffn_factor", action="store_const", const=0)
-    add("--moie-norm", "normalize the input of the FFN's second SPL", action="store_true")
-    add("--dense", "the control: nn.Linear attention and a GELU FFN", action="store_true")
-    add("--d-model", "width D", type=int)
-    add("--n-head", "heads H", type=int)
-    add("--n-layer", "layers L", type=int)
-    add("--dropout", "dropout on each branch, in training", type=float)
+    add("--ffn-factor", type=int, default=1, help="hidden width of the FFN over D; 4 under --dense")
+    add("--no-ffn", dest="ffn_factor", action="store_const", const=0, help="leave it out, as --ffn-factor 0")
+    add("--moie-norm", action="store_true", help="normalize the input of the FFN's second SPL")
+    add("--dense", action="store_true", help="the control: nn.Linear attention and a GELU FFN")
+    add("--d-model", type=int, help="width D")
+    add("--n-head", type=int, help="heads H")
+    add("--n-layer", type=int, help="layers L")
+    add("--dropout", type=float, help="dropout on each branch, in training")
     # data and answers
-    add("--data", "the task set, a folder as Kaggle or GitHub has it, or one task's file")
-    add("--extra", "folders or zips of more tasks or, as RE-ARC has them, pairs", nargs="*")
-    add("--generated", "pairs to take from RE-ARC for each task, at most", type=int)
-    add("--split", "split to answer", choices=SPLITS[1:])
-    add("--heldout", "hold out the training split's test pairs", action=switch)
-    add("--permute-colours", "permute the colours of a task", action=switch)
-    add("--repeat", "how much more often than others the tasks to answer are shown", type=int)
-    add("--score", "answer and score the split at the end", action=switch)
-    add("--colour-votes", "colour tables under which each of 8 views answers", type=int)
-    add("--show", "test inputs to draw with their answers", type=int)
-    add("--out", "folder of this run, a new one; by default in runs/")
+    add("--data", default="data/arc-agi-1", help="a folder as Kaggle or GitHub has it, or one task's file")
+    add("--extra", nargs="*", help="folders or zips of more tasks or, as RE-ARC has them, pairs")
+    add("--generated", type=int, default=60, help="pairs to take from RE-ARC for each task, at most")
+    add("--split", choices=SPLITS[1:], default="evaluation", help="split to answer")
+    add("--heldout", action=switch, default=False, help="hold out the training split's test pairs")
+    add("--permute-colours", action=switch, default=True, help="permute the colours of a task")
+    add("--repeat", type=int, help="how much more often than others the tasks to answer are shown")
+    add("--score", action=switch, default=True, help="answer and score the split at the end")
+    add("--colour-votes", type=int, default=4, help="colour tables under which each of 8 views answers")
+    add("--show", type=int, default=0, help="test inputs to draw with their answers")
+    add("--out", help="folder of this run, a new one; by default in runs/")
     # training
-    add("--seed", "seed of weights, order, views and colours", type=int)
-    add("--minutes", "training budget; scoring comes on top", type=float)
-    add("--steps", "training budget in steps, in place of minutes", type=int)
-    add("--max-tokens", "longest pair to train on; longer test pairs count as wrong", type=int)
-    add("--batch-tokens", "tokens per batch over all processes, padding included", type=int)
-    add("--lr", "peak learning rate of AdamW; under --dense a quarter, as Muon's is", type=float)
-    add("--muon-lr", "that of Muon, for the linear maps; 0: AdamW for all", type=float)
-    add("--sars", "train W_p and W_g by the routing loss of SARS alone", action="store_true")
+    add("--seed", type=int, default=0, help="seed of weights, order, views and colours")
+    add("--minutes", type=float, help="training budget; scoring comes on top")
+    add("--steps", type=int, default=0, help="training budget in steps, in place of minutes")
+    add("--max-tokens", type=int, help="longest pair to train on; longer test pairs count as wrong")
+    add("--batch-tokens", type=int, help="tokens per batch over all processes, padding included")
+    add("--lr", type=float, help="peak learning rate of AdamW; under --dense a quarter, as Muon's is")
+    add("--muon-lr", type=float, help="that of Muon, for the linear maps; 0: AdamW for all")
+    add("--sars", action="store_true", help="train W_p and W_g by the routing loss of SARS alone")
     # machine
-    add("--device", "where to run", choices=DEVICES)
-    add("--dtype", "of matrix products; bfloat16 by autocast", choices=["float32", "bfloat16"])
-    add("--compile", "torch.compile the blocks, where that works", action=switch)
+    add("--device", choices=DEVICES, default=DEVICES[0], help="where to run")
+    add("--dtype", choices=["float32", "bfloat16"], help="of matrix products; bfloat16 by autocast")
+    add("--compile", action=switch, default=True, help="torch.compile the blocks, where that works")
+    parser.set_defaults(**(CUDA if DEVICES[0] == "cuda" else CPU))
     return parser
 
 
 def parse(argv, saved={}):
     """The flags' values: given in `argv`, or else `saved` by an earlier run, or else what suits the device."""
-    given, world = vars(flag_parser().parse_args(argv)), int(os.environ.get("WORLD_SIZE", 1))
-    chosen = DEFAULTS | saved | given
-    preset = dict(CUDA if chosen["device"] == "cuda" else CPU)
-    if chosen["dense"]:
+    parser, world = flag_parser(), int(os.environ.get("WORLD_SIZE", 1))
+    parser.set_defaults(**saved | {"minutes": None, "steps": None})
+    first = parser.parse_args(argv)                                 # other defaults depend on some of these
+    preset = {"steps": 0} | (CUDA if first.device == "cuda" else CPU)
+    if first.dense:
         preset |= {"lr": DENSE_LR * preset["lr"], "muon_lr": DENSE_LR * preset["muon_lr"], "ffn_factor": 4}
-    if "minutes" in given and "steps" not in given:
+    if first.minutes and first.steps is None:
         saved = saved | {"steps": 0}                                # the budget is another one now
-    c = argparse.Namespace(**(DEFAULTS | preset | saved | given))
+    parser.set_defaults(**preset | saved)
+    c = parser.parse_args(argv)
     for name, least in LEAST.items():
         if not least <= getattr(c, name) < 1e9:                     # nan is refused as well
             refuse(f"--{name.replace('_', '-')} {getattr(c, name)}: expected {least} or more, below 1e9")
@@ -586,7 +569,7 @@ def rate(used):
 
 def make_optimizers(c, model, compiled):
     """[AdamW] or, with --muon-lr, [AdamW, Muon for the linear maps]. The blocks' matrices decay; embeddings,
-    head and vectors do not. A group's peak_lr is the rate before warm-up and decay."""
+    head and vectors do not."""
     maps = model.linear_maps() if c.muon_lr else []
     mapped = set(maps)
     rest = [p for p in model.parameters() if p not in mapped]
@@ -599,8 +582,6 @@ def make_optimizers(c, model, compiled):
         shapes = dict.fromkeys(p.shape for p in maps)                       # each once, in their order
         stacks = [{"params": [p for p in maps if p.shape == shape]} for shape in shapes]
         optimizers.append(Muon(stacks, c.muon_lr, WEIGHT_DECAY, orthogonal))
-    for group in itertools.chain(*(optimizer.param_groups for optimizer in optimizers)):
-        group["peak_lr"] = group["lr"]
     return optimizers
 
 
@@ -623,35 +604,30 @@ def clock(c, state, stop, world):
     return shared[0].item(), shared[1].item() > 0
 
 
-def monitored(c, pairs, heldout):
-    """("heldout" or, where no pairs are held out, "trained", as the log names it; batches to look at in training):
-    all held-out pairs or a single batch of training pairs."""
-    if not heldout:
-        return "trained", [collate(next(batches(pairs, c))[1], c.device)]
-    parts = split_by_budget([len(sample.tokens) for sample in heldout], c.batch_tokens)
-    return "heldout", [collate([heldout[i] for i in part], c.device) for part in parts]
-
-
-def train(c, model, optimizers, pairs, kind, looked_at, state, stop, rank, world):
+def train(c, model, optimizers, pairs, heldout, state, stop, rank, world):
     """Trains until the budget is used or a signal is in `stop` -> whether it was the budget. `state` is what
-    save_checkpoint saves: step, seconds of training and log are kept up to date. kind and looked_at are what
-    `monitored` returns, rank and world what `set_up` does."""
+    save_checkpoint saves: step, seconds of training and log are kept up to date. The log's columns of a look
+    at the model begin with "heldout" or, where no pairs are held out, with "trained", of one batch."""
+    kind, shown = ("heldout", heldout) if heldout else ("trained", next(batches(pairs, c))[1])
+    parts = split_by_budget([len(sample.tokens) for sample in shown], c.batch_tokens)
+    monitored = [collate([shown[i] for i in part], c.device) for part in parts]
     net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     routing = set(model.routing_weights()) if c.sars else set()     # these learn from a loss of their own
     others = [p for p in model.parameters() if p not in routing]
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     used, stopped = clock(c, state, stop, world)
     bar = tqdm(total=100, initial=int(100 * used), bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}",
                ascii=True, dynamic_ncols=True, disable=rank > 0)
-    look_at, last_look, tokens, since, saved_at = used, "", 0, state["seconds"], state["seconds"]
-    mark = time.perf_counter()
+    next_look, found, tokens, since, saved_at = used, {}, 0, state["seconds"], state["seconds"]
+    begin = time.perf_counter() - state["seconds"]                  # pauses, and runs before, left out
     for epoch, batch in itertools.islice(batches(pairs, c, world), state["step"], None):
         if used >= 1 or stopped:
             break
 
         # ---- the step
-        for group in groups:
-            group["lr"] = group["peak_lr"] * rate(used)
+        for optimizer, peak in zip(optimizers, (c.lr, c.muon_lr)):
+            for group in optimizer.param_groups:
+                group["lr"] = peak * rate(used)
+        lr = c.lr * rate(used)
         torch.manual_seed((c.seed << 32) + state["step"] * world + rank)        # what dropout follows from
         *inputs, targets = collate(batch[rank::world], c.device)
         n_targets = sum(len(sample.tokens) - sample.n_prompt + 1 for sample in batch)
@@ -668,9 +644,7 @@ def train(c, model, optimizers, pairs, kind, looked_at, state, stop, rank, world
 
         state["step"] += 1
         tokens += sum(len(sample.tokens) for sample in batch)
-        now = time.perf_counter()
-        state["seconds"] += now - mark
-        mark = now
+        state["seconds"] = time.perf_counter() - begin
         used, stopped = clock(c, state, stop, world)
         last = used >= 1 or stopped
         if not last and state["step"] % LOG_EVERY:
@@ -679,22 +653,21 @@ def train(c, model, optimizers, pairs, kind, looked_at, state, stop, rank, world
         # once in a while: log, look, save
         if not norm.isfinite():
             refuse(f"step {state['step']}: loss {loss.item():g}, gradient norm {norm.item():g}, learning rate "
-                   f"{groups[0]['lr']:.2g}; a lower --lr may help; the last checkpoint is kept")
+                   f"{lr:.2g}; a lower --lr may help; the last checkpoint is kept")
         if world > 1:
             dist.all_reduce(loss)
-        row = {"step": state["step"], "epoch": epoch, "lr": groups[0]["lr"],
+        row = {"step": state["step"], "epoch": epoch, "lr": lr,
                "loss": loss.item() / world, "grad_norm": norm.item()}
         if c.sars:
             row["route_loss"] = route_loss.item()
-        state["seconds"] += time.perf_counter() - mark              # only now is a GPU done
+        state["seconds"] = time.perf_counter() - begin              # only now is a GPU done
         speed = tokens / (state["seconds"] - since)
         row |= {"seconds": state["seconds"], "tokens_per_s": speed}
-        if rank == 0 and (last or used >= look_at):
-            found = evaluate(model, looked_at)
+        if rank == 0 and (last or used >= next_look):
+            found = evaluate(model, monitored)
             row |= {f"{kind}_{name}": value for name, value in found.items()}
             row["pi"] = pi_score(found["loss"], found["entropy"], row["grad_norm"])
-            last_look = f", {kind} {found['loss']:.3f}"
-            look_at = used + HELDOUT_EVERY
+            next_look = used + HELDOUT_EVERY
         state["log"].append(row)
         if rank == 0:
             save(Path(c.out, "log.csv"), state["log"])
@@ -703,17 +676,22 @@ def train(c, model, optimizers, pairs, kind, looked_at, state, stop, rank, world
                 saved_at = state["seconds"]
         mfu = model.mfu(speed / world, targets.shape[1])
         share = f", MFU {mfu:.0%}" if mfu else ""
-        bar.set_postfix_str(f"loss {row['loss']:.3f}{last_look}, {speed:.0f} tok/s{share}", refresh=False)
+        look = f"{kind} {found['loss']:.3f}, " if found else ""
+        bar.set_postfix_str(f"loss {row['loss']:.3f}, {look}{speed:.0f} tok/s{share}", refresh=False)
         bar.update(int(100 * min(1, used)) - bar.n)
         tokens, since = 0, state["seconds"]
-        mark = time.perf_counter()                                  # neither looking nor saving is training
+        begin = time.perf_counter() - since                         # neither looking nor saving is training
     bar.close()
+    if found:
+        print("{} {} pairs: loss {loss:.4f}, {tokens:.1%} of tokens, {grids:.1%} of grids".format(
+            len(shown), kind, **found))
     return not stopped
 
 
 # ------------------------------------------------------------------------------------------ comparison
 # Student's t, two-sided 95%, for 1, 2, ... degrees of freedom
-T95 = 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10, 2.09
+T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23,
+       2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10, 2.09)
 
 
 def interval(gaps):
@@ -809,23 +787,24 @@ def make_folder(c, argv, flags):
 
 def read_start(given):
     """(the checkpoint that --resume, --eval or --init names, or None; the flags' values that come with it)."""
-    files = [given[name] for name in ("eval", "init", "resume") if name in given]
+    files = [given[name] for name in ("eval", "init", "resume") if given.get(name)]
     if not files:
         return None, {}
     if len(files) > 1:
         refuse("--eval, --init, --resume: expected one of them, at most")
     try:
-        start = load_checkpoint(Path(files[0], "checkpoint.pt") if "resume" in given else files[0])
+        start = load_checkpoint(Path(files[0], "checkpoint.pt") if given.get("resume") else files[0])
     except ValueError as fault:
         refuse(fault)
-    if "init" in given:
+    if given.get("init"):
         return start, {name: start["shape"].get(name, False) for name in SHAPE} | {"extra": []}
-    return start, start["flags"] | {"out": None} | ({"device": DEVICES[0]} if "eval" in given else {})
+    saved = start["flags"] | {"out": None, "init": None}
+    return start, saved | {"device": DEVICES[0]} if given.get("eval") else saved
 
 
 def main(argv):
     given = vars(flag_parser().parse_args(argv))
-    if "compare" in given:
+    if given["compare"]:
         return compare(given["compare"])
     start, saved = read_start(given)                    # the checkpoint that is named, if any, and its flags
     c = parse(argv, saved)
@@ -836,9 +815,9 @@ def main(argv):
     names, pairs, heldout = (state["names"], [], []) if c.eval else load_data(c)
     if c.eval:
         read_asked(c)                                   # a fault in it is found before a folder is made
-    known = set(names) & set(start["names"]) if start and not state else None
+    known = set(names) & set(start["names"]) if c.init else None
     if known:
-        refuse(f"--init {c.init}: trained on task {min(known)}, perhaps on its tests, too; expected new tasks alone")
+        refuse(f"--init {c.init}: trained on task {min(known)}, perhaps on its tests; expected new tasks alone")
     if not c.eval and sum(pair.every == 1 for pair in pairs) < world:
         refuse(f"--data {c.data}: fewer pairs in an epoch than the {world} processes")
     shown = (b"%d " % pair.every + pair.views[0].tokens.tobytes() for pair in pairs)
@@ -848,15 +827,13 @@ def main(argv):
     compiled = c.compile and not c.eval and can_compile(c.device)
     optimizers = make_optimizers(c, model, compiled)
     if start:
-        new = {} if state else {"task.weight": model.task.weight}       # under --init the tasks are others
+        new = {"task.weight": model.task.weight} if c.init else {}      # its tasks are others
         model.load_state_dict(start["model"] | new)
     if c.resume:
         if (state["names"], state["pairs"]) != (names, digest):
             refuse(f"{c.data} {' '.join(c.extra)}: other pairs than those that the run was trained on")
-        for optimizer, tensors, lr in zip(optimizers, state["optimizers"], (c.lr, c.muon_lr)):
+        for optimizer, tensors in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(tensors)
-            for group in optimizer.param_groups:
-                group["peak_lr"] = lr                   # perhaps given anew
     state = state or {"names": names, "pairs": digest, "shape": shape, "step": 0, "seconds": 0.0, "log": []}
     if c.resume and not c.score and clock(c, state, [], world)[0] >= 1:
         refuse(f"--resume {c.resume}: its budget is used up; expected more --minutes or --steps")
@@ -877,11 +854,10 @@ def main(argv):
             Path(c.out, "result.json").unlink(missing_ok=True)          # a run that goes on is not finished
         if compiled:
             compile_blocks(c, model, pairs, rank, world)
-        kind, looked_at = monitored(c, pairs, heldout)
         stop = []                       # the signals that came; one that is ignored, as under nohup, stays so
         handlers = {number: signal.signal(number, lambda number, _: stop.append(number)) for number in SIGNALS
                     if signal.getsignal(number) != signal.SIG_IGN}
-        finished = train(c, model, optimizers, pairs, kind, looked_at, state, stop, rank, world)
+        finished = train(c, model, optimizers, pairs, heldout, state, stop, rank, world)
         for number, handler in handlers.items():
             signal.signal(number, handler)
         if not finished:
@@ -890,11 +866,9 @@ def main(argv):
         result = {"arm": c.arm, "parameters": model.n_params(), "steps": state["step"],
                   "seconds": state["seconds"], "flops_per_token": model.flops_per_token(c.max_tokens),
                   "training_gib": torch.cuda.max_memory_allocated() / 2**30}
+        for row in state["log"]:                            # of several looks at the model the last counts
+            result |= {name: value for name, value in row.items() if name.startswith(("heldout", "trained"))}
         if rank == 0:
-            found = evaluate(model, looked_at)
-            print("{} {} pairs: loss {loss:.4f}, {tokens:.1%} of tokens, {grids:.1%} of grids".format(
-                sum(len(batch[0]) for batch in looked_at), kind, **found))
-            result |= {f"{kind}_{name}": value for name, value in found.items()}
             save(Path(c.out, "result.json"), result)        # before the answers, which may fail
 
     # answers
