@@ -605,9 +605,9 @@ def clock(c, state, stop, world):
 
 
 def train(c, model, optimizers, pairs, heldout, state, stop, rank, world):
-    """Trains until the budget is used or a signal is in `stop` -> whether it was the budget. `state` is what
-    save_checkpoint saves: step, seconds of training and log are kept up to date. The log's columns of a look
-    at the model begin with "heldout" or, where no pairs are held out, with "trained", of one batch."""
+    """Trains until the budget is used or a signal is in `stop` -> whether it was the budget. `state`, as
+    save_checkpoint saves it, is kept up to date: step, seconds of training, log. In this the columns of a look at
+    the model begin with "heldout" or, where no pairs are held out, with "trained", of one batch."""
     kind, shown = ("heldout", heldout) if heldout else ("trained", next(batches(pairs, c))[1])
     parts = split_by_budget([len(sample.tokens) for sample in shown], c.batch_tokens)
     monitored = [collate([shown[i] for i in part], c.device) for part in parts]
@@ -641,7 +641,6 @@ def train(c, model, optimizers, pairs, heldout, state, stop, rank, world):
             optimizer.step()
             optimizer.zero_grad()
         # ----
-
         state["step"] += 1
         tokens += sum(len(sample.tokens) for sample in batch)
         state["seconds"] = time.perf_counter() - begin
@@ -656,13 +655,12 @@ def train(c, model, optimizers, pairs, heldout, state, stop, rank, world):
                    f"{lr:.2g}; a lower --lr may help; the last checkpoint is kept")
         if world > 1:
             dist.all_reduce(loss)
-        row = {"step": state["step"], "epoch": epoch, "lr": lr,
-               "loss": loss.item() / world, "grad_norm": norm.item()}
+        state["seconds"] = time.perf_counter() - begin              # `isfinite` has waited for the GPU
+        speed = tokens / (state["seconds"] - since)
+        row = {"step": state["step"], "epoch": epoch, "lr": lr, "loss": loss.item() / world,
+               "grad_norm": norm.item(), "seconds": state["seconds"], "tokens_per_s": speed}
         if c.sars:
             row["route_loss"] = route_loss.item()
-        state["seconds"] = time.perf_counter() - begin              # only now is a GPU done
-        speed = tokens / (state["seconds"] - since)
-        row |= {"seconds": state["seconds"], "tokens_per_s": speed}
         if rank == 0 and (last or used >= next_look):
             found = evaluate(model, monitored)
             row |= {f"{kind}_{name}": value for name, value in found.items()}
@@ -676,8 +674,8 @@ def train(c, model, optimizers, pairs, heldout, state, stop, rank, world):
                 saved_at = state["seconds"]
         mfu = model.mfu(speed / world, targets.shape[1])
         share = f", MFU {mfu:.0%}" if mfu else ""
-        look = f"{kind} {found['loss']:.3f}, " if found else ""
-        bar.set_postfix_str(f"loss {row['loss']:.3f}, {look}{speed:.0f} tok/s{share}", refresh=False)
+        look = f", {kind} {found['loss']:.3f}" if found else ""
+        bar.set_postfix_str(f"loss {row['loss']:.3f}{look}, {speed:.0f} tok/s{share}", refresh=False)
         bar.update(int(100 * min(1, used)) - bar.n)
         tokens, since = 0, state["seconds"]
         begin = time.perf_counter() - since                         # neither looking nor saving is training
