@@ -59,9 +59,11 @@ def decode_grid(tokens):
     rows, row = [], []
     for token in tokens:
         if token == END:
-            widths = {len(row) for row in rows}
-            valid = not row and len(widths) == 1 and 1 <= min(widths) <= max(*widths, len(rows)) <= MAX_SIDE
-            return rows if valid else None
+            widths = {len(cells) for cells in rows}
+            if row or len(widths) != 1:                     # an unfinished row, or no rectangle
+                return None
+            sides = *widths, len(rows)
+            return rows if 1 <= min(sides) and max(sides) <= MAX_SIDE else None
         if token == NL:
             rows.append(row)
             row = []
@@ -169,10 +171,11 @@ class Transformer(nn.Module):
         for table in (self.token, self.task, self.view):
             nn.init.normal_(table.weight, std=0.1)    # small, so that the blocks soon outweigh them
         nn.init.zeros_(self.head.weight)              # the first prediction is uniform
-        for block in self.blocks if self.config.dense else ():
+        if self.config.dense:
             # Each branch of the control starts at 0, as in the runs of results/README.md.
-            for p in (*block.attn.o.parameters(), *block.ffn.down.parameters()):
-                nn.init.zeros_(p)
+            for block in self.blocks:
+                for p in (*block.attn.o.parameters(), *block.ffn.down.parameters()):
+                    nn.init.zeros_(p)
 
     def forward(self, tokens, task, view, pos=None, caches=None, mask=None):
         """tokens (B, T), task (B,), view (B,) -> logits (B, T, n_vocab); causal without a mask.
@@ -261,13 +264,14 @@ class Transformer(nn.Module):
             if done.all() or slot == P + max_new - 1:
                 break
             mask[..., slot] = True
-            # Where the slots that are read grow, the step is a new one.
+            # The first 64, 128, ... slots are read. For each size the step runs once as it is; on CUDA it is
+            # recorded then, and replayed up to the next size.
             grows = slot == P or slot % STRIDE == 0
             if grows:
                 read = mask[..., :(slot // STRIDE + 1) * STRIDE]
                 step = partial(self, token[:, None], task, view, now[:, None], caches, read)
             logits = step()[:, -1]
-            if grows and tokens.is_cuda:                       # the first step of a size has warmed it up
+            if grows and tokens.is_cuda:
                 step = captured(step)
         return (torch.stack(out, 1), torch.stack(all_logits, 1)) if return_logits else torch.stack(out, 1)
 

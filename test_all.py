@@ -1270,7 +1270,7 @@ def test_all_processes_take_the_clock_and_the_stop_of_the_first(monkeypatch):
     """One that stopped by itself would leave the others waiting for its gradient."""
     first = torch.tensor([0.5, 1], dtype=torch.float64)
     monkeypatch.setattr(train_arc.dist, "broadcast", lambda shared, source: shared.copy_(first))
-    assert train_arc.clock(Namespace(steps=8), {"step": 5}, [], 2) == (0.5, True)
+    assert train_arc.progress(Namespace(steps=8), {"step": 5}, [], 2) == (0.5, True)
 
 
 def finished_run(folder, seed, losses):

@@ -303,6 +303,7 @@ def propose(model, questions, c, rank):
     device, jobs = model.head.weight.device, []
     for question, pair in questions.items():
         rng = np.random.default_rng(c.seed)                         # anew: no question depends on another
+        # Vote 0 keeps the colours; a task without colours to permute has that one alone.
         for vote in range(c.colour_votes if pair.free else 1):
             table = colour_table(pair.free if vote else [], rng)
             jobs += [(question, table, prompt._replace(tokens=table[prompt.tokens])) for prompt in pair.views]
@@ -530,7 +531,8 @@ def parse(argv, saved={}):
 # ------------------------------------------------------------------------------------------ files of a run
 def save(path, value):
     """Atomic: to a temporary file, flushed to the disk, then renamed. Tensors go into a .pt file, a list of
-    dicts into a .csv file with the columns of the first, everything else into JSON."""
+    dicts into a .csv file with the columns of the first (in a log's first line there are all, since every run
+    looks at the model there), everything else into JSON."""
     temporary = path.with_suffix(".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -595,7 +597,7 @@ def compile_blocks(c, model, pairs, rank, world):
     model.zero_grad()
 
 
-def clock(c, state, stop, world):
+def progress(c, state, stop, world):
     """(share of the budget that is used, whether a signal came): those of rank 0, for all processes."""
     used = state["step"] / c.steps if c.steps else state["seconds"] / (60 * c.minutes)
     shared = torch.tensor([used, len(stop)], dtype=torch.float64)
@@ -614,7 +616,7 @@ def train(c, model, optimizers, pairs, heldout, state, stop, rank, world):
     net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     routing = set(model.routing_weights()) if c.sars else set()     # these learn from a loss of their own
     others = [p for p in model.parameters() if p not in routing]
-    used, stopped = clock(c, state, stop, world)
+    used, stopped = progress(c, state, stop, world)
     bar = tqdm(total=100, initial=int(100 * used), bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}",
                ascii=True, dynamic_ncols=True, disable=rank > 0)
     next_look, found, tokens, since, saved_at = used, {}, 0, state["seconds"], state["seconds"]
@@ -644,7 +646,7 @@ def train(c, model, optimizers, pairs, heldout, state, stop, rank, world):
         state["step"] += 1
         tokens += sum(len(sample.tokens) for sample in batch)
         state["seconds"] = time.perf_counter() - begin
-        used, stopped = clock(c, state, stop, world)
+        used, stopped = progress(c, state, stop, world)
         last = used >= 1 or stopped
         if not last and state["step"] % LOG_EVERY:
             continue
@@ -833,7 +835,7 @@ def main(argv):
         for optimizer, tensors in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(tensors)
     state = state or {"names": names, "pairs": digest, "shape": shape, "step": 0, "seconds": 0.0, "log": []}
-    if c.resume and not c.score and clock(c, state, [], world)[0] >= 1:
+    if c.resume and not c.score and progress(c, state, [], world)[0] >= 1:
         refuse(f"--resume {c.resume}: its budget is used up; expected more --minutes or --steps")
     state["flags"] = {name: value for name, value in vars(c).items()
                       if name not in ("resume", "eval", "compare")}
@@ -852,9 +854,9 @@ def main(argv):
             Path(c.out, "result.json").unlink(missing_ok=True)          # a run that goes on is not finished
         if compiled:
             compile_blocks(c, model, pairs, rank, world)
-        stop = []                       # the signals that came; one that is ignored, as under nohup, stays so
-        handlers = {number: signal.signal(number, lambda number, _: stop.append(number)) for number in SIGNALS
-                    if signal.getsignal(number) != signal.SIG_IGN}
+        stop = []                       # the signals that came
+        heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]      # nohup's is not
+        handlers = {number: signal.signal(number, lambda *come: stop.append(come[0])) for number in heard}
         finished = train(c, model, optimizers, pairs, heldout, state, stop, rank, world)
         for number, handler in handlers.items():
             signal.signal(number, handler)
