@@ -733,6 +733,10 @@ def test_generated_pairs_reach_training_tasks_that_are_not_held_out_and_no_asked
         ("b", *made(52)[0]), ("d", *made(54)[0])]
     assert [pair.every for pair in pairs] == [2] * 4 + [1] + [2] * 4 + [1] + [2] * 2 + [1] * 2
     assert len(train_arc.load_data(flags(*words))[1]) == 4 * 4 + 2 + 2
+    more = write_set(tmp_path / "more", {"training": {"other": (made(60), made(61))}})
+    for order in (more, extra), (extra, more):          # a task that is an extra itself gets none, either way
+        names, pairs, _ = train_arc.load_data(flags("--data", data, "--extra", *order))
+        assert Counter(names[pair.views[0].task] for pair in pairs)["other"] == 2
 
 
 def test_the_shipped_pairs_are_read_and_the_twin_of_an_evaluation_task_gets_none():

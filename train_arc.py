@@ -237,6 +237,11 @@ def read_asked(c):
     return asked
 
 
+def fits(x, y, c):
+    """Whether the output is known and the pair short enough to train on."""
+    return y is not None and pair_tokens(x, y) <= c.max_tokens
+
+
 def load_data(c):
     """(ids of the tasks, pairs to train on, held-out samples). No output that is asked for is used.
 
@@ -251,10 +256,11 @@ def load_data(c):
     every_second = slice(1, None, 2) if any(generated for _, _, generated in extras) else slice(None)
     held = {name: more[name] for name in sorted(more)[every_second]} if c.heldout else {}     # their tests
     more = {name: tests for name, tests in more.items() if name not in held}
+    own = set(more)                             # of the training split: generated pairs are for these
     often, tasks = asked | {name: training[name] for name in held}, training | asked
     for path, found, generated in extras:
         new = {name: task for name, task in without_leaks(found, often).items() if name not in tasks}
-        known = more.keys() & generated.keys()
+        known = own & generated.keys()
         print(f"{path}: {len(new)} new tasks of {len(found)}, generated pairs for {len(known)} tasks of "
               f"{len(generated)}; the others are dropped")
         tasks |= new
@@ -274,11 +280,6 @@ def load_data(c):
     if not any(pair.every == 1 for pair in pairs):
         refuse(f"--data {c.data}: no pair of at most {c.max_tokens} tokens; raise --max-tokens")
     return names, pairs, heldout
-
-
-def fits(x, y, c):
-    """Whether the output is known and the pair short enough to train on."""
-    return y is not None and pair_tokens(x, y) <= c.max_tokens
 
 
 # ------------------------------------------------------------------------------------------ answers
@@ -443,6 +444,7 @@ SHAPE = "d_model", "n_head", "n_layer", "ffn_factor", "moie_norm", "dense"      
 
 
 def flag_parser():
+    """A line a flag, with its default or, from CPU or CUDA, this machine's."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error, add, switch = refuse, parser.add_argument, argparse.BooleanOptionalAction
@@ -626,10 +628,10 @@ def train(c, model, optimizers, pairs, heldout, state, stop, rank, world):
             break
 
         # ---- the step
+        factor = rate(used)
         for optimizer, peak in zip(optimizers, (c.lr, c.muon_lr)):
             for group in optimizer.param_groups:
-                group["lr"] = peak * rate(used)
-        lr = c.lr * rate(used)
+                group["lr"] = peak * factor
         torch.manual_seed((c.seed << 32) + state["step"] * world + rank)        # what dropout follows from
         *inputs, targets = collate(batch[rank::world], c.device)
         n_targets = sum(len(sample.tokens) - sample.n_prompt + 1 for sample in batch)
@@ -654,12 +656,12 @@ def train(c, model, optimizers, pairs, heldout, state, stop, rank, world):
         # once in a while: log, look, save
         if not norm.isfinite():
             refuse(f"step {state['step']}: loss {loss.item():g}, gradient norm {norm.item():g}, learning rate "
-                   f"{lr:.2g}; a lower --lr may help; the last checkpoint is kept")
+                   f"{c.lr * factor:.2g}; a lower --lr may help; the last checkpoint is kept")
         if world > 1:
             dist.all_reduce(loss)
         state["seconds"] = time.perf_counter() - begin              # `isfinite` has waited for the GPU
         speed = tokens / (state["seconds"] - since)
-        row = {"step": state["step"], "epoch": epoch, "lr": lr, "loss": loss.item() / world,
+        row = {"step": state["step"], "epoch": epoch, "lr": c.lr * factor, "loss": loss.item() / world,
                "grad_norm": norm.item(), "seconds": state["seconds"], "tokens_per_s": speed}
         if c.sars:
             row["route_loss"] = route_loss.item()
@@ -705,12 +707,12 @@ def interval(gaps):
 def compare(folders):
     """Prints a Markdown table of finished runs: a column for each arm, which is a folder's name up to "-seed",
     mean +- standard deviation; of what is learned also the difference from the first arm, paired by seed."""
-    arms, logs = {}, {}
+    arms = {}
     for folder in map(Path, folders):
         try:
-            run = read_json(folder / "config.json") | read_json(folder / "result.json") | {"folder": folder}
+            run = read_json(folder / "config.json") | read_json(folder / "result.json")
             log = np.genfromtxt(folder / "log.csv", delimiter=",", names=True)
-            logs[folder] = log[np.isfinite(log["heldout_loss"])]
+            run["looks"] = log[np.isfinite(log["heldout_loss"])]
         except (OSError, ValueError) as fault:
             refuse(f"{folder}: not a finished run with held-out pairs: {fault}")
         run["training loss"] = log["loss"][-math.ceil(len(log) / 10):].mean()          # over the last tenth
@@ -718,13 +720,14 @@ def compare(folders):
         if run["seed"] in runs:
             refuse(f"{folder}: a second run of this arm with seed {run['seed']}; expected one")
         runs[run["seed"]] = run
-    seconds = min(log["seconds"][-1] for log in logs.values())
-    target = max(log["heldout_loss"][-1] for log in logs.values())          # the loss that every run reaches
+    every_run = [run for runs in arms.values() for run in runs.values()]
+    seconds = min(run["looks"]["seconds"][-1] for run in every_run)
+    target = max(run["looks"]["heldout_loss"][-1] for run in every_run)     # every run reaches it
     at, to = f"heldout_loss at {seconds:.0f} s", f"seconds to {target:.3f}"
-    for run in itertools.chain(*(runs.values() for runs in arms.values())):
-        log = logs[run["folder"]]
-        run[at] = np.interp(seconds, log["seconds"], log["heldout_loss"])
-        run[to] = log["seconds"][np.argmax(log["heldout_loss"] <= target)]
+    for run in every_run:
+        looks = run["looks"]
+        run[at] = np.interp(seconds, looks["seconds"], looks["heldout_loss"])
+        run[to] = looks["seconds"][np.argmax(looks["heldout_loss"] <= target)]
 
     def print_row(name, cells):
         print("|", " | ".join([name, *cells]), "|")
@@ -855,8 +858,9 @@ def main(argv):
         if compiled:
             compile_blocks(c, model, pairs, rank, world)
         stop = []                       # the signals that came
-        heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]      # nohup's is not
-        handlers = {number: signal.signal(number, lambda *come: stop.append(come[0])) for number in heard}
+        # A signal that was ignored when the run began, as under nohup, stays ignored.
+        heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        handlers = {number: signal.signal(number, lambda came, _: stop.append(came)) for number in heard}
         finished = train(c, model, optimizers, pairs, heldout, state, stop, rank, world)
         for number, handler in handlers.items():
             signal.signal(number, handler)
