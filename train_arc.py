@@ -723,11 +723,12 @@ def compare(folders):
     every_run = [run for runs in arms.values() for run in runs.values()]
     seconds = min(run["looks"]["seconds"][-1] for run in every_run)
     target = max(run["looks"]["heldout_loss"][-1] for run in every_run)     # every run reaches it
-    at, to = f"heldout_loss at {seconds:.0f} s", f"seconds to {target:.3f}"
+    at, to = f"heldout_loss at {seconds:.0f} s", f"to {target:.3f}"
     for run in every_run:
         looks = run["looks"]
         run[at] = np.interp(seconds, looks["seconds"], looks["heldout_loss"])
-        run[to] = looks["seconds"][np.argmax(looks["heldout_loss"] <= target)]
+        reached = looks[np.argmax(looks["heldout_loss"] <= target)]
+        run["steps " + to], run["seconds " + to] = reached["step"], reached["seconds"]
 
     def print_row(name, cells):
         print("|", " | ".join([name, *cells]), "|")
@@ -736,7 +737,7 @@ def compare(folders):
     print_row("---", ["---"] * len(arms))
     first, *_ = arms
     learned = "heldout_loss", "heldout_grids", "training loss"
-    for name in (*learned, at, to, "pass@2", "parameters", "steps", "seconds"):
+    for name in (*learned, "steps " + to, at, "seconds " + to, "pass@2", "parameters", "steps", "seconds"):
         cells, gaps = [], []
         for arm, runs in arms.items():
             values = [run[name] for run in runs.values() if name in run]
