@@ -1280,8 +1280,8 @@ def test_all_processes_take_the_clock_and_the_stop_of_the_first(monkeypatch):
 def finished_run(folder, seed, losses):
     """A folder as a run leaves it: a look at the held-out pairs every 10 s, a line without one in between."""
     folder.mkdir(parents=True)
-    lines = [f"{10 * n},{2 * loss},{loss}\n{10 * n + 5},{3 * loss},\n" for n, loss in enumerate(losses, 1)]
-    (folder / "log.csv").write_text("seconds,loss,heldout_loss\n" + "".join(lines))
+    lines = [f"{n},{10 * n},{2 * loss},{loss}\n{n},{10 * n + 5},{3 * loss},\n" for n, loss in enumerate(losses, 1)]
+    (folder / "log.csv").write_text("step,seconds,loss,heldout_loss\n" + "".join(lines))
     (folder / "config.json").write_text(json.dumps({"seed": seed}))
     result = {"heldout_loss": losses[-1], "heldout_grids": 0.25, "parameters": 100, "steps": 50, "seconds": 120}
     (folder / "result.json").write_text(json.dumps(result | {"pass@2": seed / 10}))
@@ -1299,6 +1299,7 @@ def test_the_comparison_prints_means_deviations_and_the_paired_difference(tmp_pa
     assert table["heldout_loss"] == ("0.6 +- 0.1", "0.55 +- 0.13")
     assert table["heldout_loss at 20 s"][1] == "0.55 +- 0.13"
     assert table["seconds"] == ("120 +- 0", "120 +- 0") and table["seconds to 0.700"][1] == "10 +- 0"
+    assert table["steps to 0.700"] == ("2 +- 0", "1 +- 0")
     assert table["pass@2"][0] == "0.1 +- 0.1" and table["training loss"][0] == "1.8 +- 0.3"
     gaps = [b for name, _, b in rows if name == "less a's, 95% interval"]
     assert gaps == [f"-0.0500 +- {4.30 * 0.05 / math.sqrt(3):.4f}", "+0.0000 +- 0.0000",
@@ -1351,6 +1352,35 @@ def test_the_readmes_example_runs_as_it_stands_and_its_optimizers_train_the_laye
     scope["adamw"].step()
     assert all(not torch.equal(p, old) for p, old in zip(layer.parameters(), before))
     assert scope["y"].shape == (2, 10, 64)
+
+
+def compared(capsys, *arms):
+    """The rows that --compare prints of these arms' runs in results/."""
+    folders = [folder for arm in arms for folder in sorted((HERE / "results/compare").glob(f"{arm}-seed*"))]
+    train_arc.main(["--compare", *map(str, folders)])
+    return capsys.readouterr().out.splitlines()
+
+
+def test_the_readmes_tables_of_the_comparison_are_what_the_logs_give(capsys):
+    rows = compared(capsys, "no-ffn-6", "moie", "moie-norm", "no-ffn", "dense")
+    for file, size in ("README.md", 6), ("results/README.md", 10):
+        text = (HERE / file).read_text()
+        table = text.split("compare/{no-ffn-6,moie,moie-norm,no-ffn,dense}-seed*")[1].split("\n\n")[1].splitlines()
+        assert len(table) == size and set(table) <= set(rows)
+
+
+@pytest.mark.parametrize("first, arm, loss, grids, training", [
+    ("no-ffn-6", "moie", "+0.025 ± 0.012", "-1.6 ± 1.1", "+0.017 ± 0.013"),
+    ("no-ffn-8", "moie-f2", "+0.050 ± 0.025", "-1.0 ± 4.5", None),
+    ("no-ffn", "moie", "+0.013 ± 0.025", "+0.4 ± 1.6", None),
+    ("no-ffn", "dense", "-0.016 ± 0.018", "+2.7 ± 1.3", "-0.045 ± 0.010")])
+def test_the_verdicts_intervals_are_what_the_logs_give(first, arm, loss, grids, training, capsys):
+    cells = [row.split("|")[-2] for row in compared(capsys, first, arm) if "95% interval" in row]
+    for cell, text, scale, digits in zip(cells, (loss, grids, training), (1, 100, 1), (3, 1, 3)):
+        gap, half = (scale * float(number) for number in cell.split("+-"))
+        assert text in (None, f"{gap:+.{digits}f} ± {half:.{digits}f}")
+        assert text is None or text[1:] in (HERE / "results/README.md").read_text()
+    assert loss[1:] in (HERE / "README.md").read_text()
 
 
 def test_the_commands_of_the_readmes_parse_and_name_files_that_exist(tmp_path):
