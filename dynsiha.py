@@ -29,8 +29,8 @@ def rotary(pos, h, base=100.0):
     at 30.
     """
     A, pair = pos.shape[-1], torch.arange(h // 2, device=pos.device)
-    turn = pair // A                                                 # number of the pair within its axis
-    frequency = base ** -(2 * A * turn / h)
+    n = pair // A                                                    # number of the pair within its axis
+    frequency = base ** -(2 * A * n / h)
     angle = pos[..., pair % A] * frequency                           # (B, T, h/2)
     return angle.cos().unsqueeze(1), angle.sin().unsqueeze(1)
 

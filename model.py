@@ -130,7 +130,8 @@ def positions(tokens):
     before = F.pad(tokens[:, :-1], (1, 0), value=START)                       # the token before each
     opens, newline = (before == START) | (before == SEP), before == NL
     newlines = newline.cumsum(1)
-    row = newlines - (newlines * opens).cummax(1).values                      # rows since the grid began
+    # `newlines` never falls, so its maximum over the openings so far is its value at the last one.
+    row = newlines - (newlines * opens).cummax(1).values
     column = t - (t * (opens | newline)).cummax(1).values
     return torch.stack((row, column, (before == SEP).cumsum(1).clamp(max=1)), dim=-1)
 
@@ -173,8 +174,8 @@ class Transformer(nn.Module):
         nn.init.zeros_(self.head.weight)              # the first prediction is uniform
         if self.config.dense:
             # Each branch of the control starts at 0, as in the runs of results/README.md.
-            for block in self.blocks:
-                for p in (*block.attn.o.parameters(), *block.ffn.down.parameters()):
+            for name, p in self.blocks.named_parameters():
+                if ".attn.o." in name or ".ffn.down." in name:
                     nn.init.zeros_(p)
 
     def forward(self, tokens, task, view, pos=None, caches=None, mask=None):
@@ -207,13 +208,15 @@ class Transformer(nn.Module):
     def watch(self):
         """While open, each forward fills the dict that this yields: {name of an SPL: (SPL, x, Y_out)}; Y_out
         keeps its gradient."""
+        seen = {}
+
         def keep(name):
             def hook(spl, x, y):
                 seen[name] = spl, x[0], y
                 if y.requires_grad:
                     y.retain_grad()
             return hook
-        seen, hooks = {}, [spl.register_forward_hook(keep(name)) for name, spl in self.spls().items()]
+        hooks = [spl.register_forward_hook(keep(name)) for name, spl in self.spls().items()]
         try:
             yield seen
         finally:
@@ -249,7 +252,7 @@ class Transformer(nn.Module):
         caches = [KVCache(B, c.n_head, size, c.d_model // c.n_head, device, dtype) for _ in self.blocks]
         row, last, pos = torch.arange(B, device=device), lengths - 1, positions(tokens)
         logits = self(tokens, task, view, pos, caches)[row, last]                     # (B, n_vocab)
-        token, now = tokens[row, last], pos[row, last]                                # (B,), (B, 3)
+        token, now = tokens[row, last], pos[row, last]      # the last token, (B,), and its position, (B, 3)
         mask = (torch.arange(size, device=device) < lengths[:, None])[:, None, None]  # (B, 1, 1, size)
         out, all_logits, done = [], [], torch.zeros(B, dtype=torch.bool, device=device)
         for slot in range(P, P + max_new):
@@ -297,7 +300,7 @@ def task_loss(model, tokens, task, view, targets):
 
 
 def sample_losses(model, tokens, task, view, targets):
-    """(B,): the same for each row by itself, -log of the probability of its output."""
+    """(B,): the cross-entropy summed over each row's targets, -log of the probability of its output."""
     logits = model(tokens, task, view).float().transpose(1, 2)                                # (B, n_vocab, T)
     return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none").sum(1)
 

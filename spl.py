@@ -247,10 +247,9 @@ if __name__ == "__main__":
         dense, triple = (nn.Linear(D, n * D).to(device, dtype) for n in (1, 3))
         spl = SparseProtoLinear(D, D).to(device, dtype)
         weights = spl.mu_weight, spl.mu_bias, spl.proto_weight, spl.gate_weight
-        layers = dense, triple, spl, torch.compile(spl), lambda x: spl_reference(x, *weights)[0]
-        runs = dict(zip(columns, layers))
-        if not compiles:
-            del runs["compiled"]
+        runs = {"dense layer": dense, "to 3·D": triple, "SPL": spl, "literal": lambda x: spl_reference(x, *weights)[0]}
+        if compiles:
+            runs["compiled"] = torch.compile(spl)
         t = bench({name: forward_backward(layer, x) for name, layer in runs.items()}, calls=calls)
         ratios = "".join(f"{t.get(name, math.nan) / t['to 3·D']:13.2f}" for name in columns)
         print(f"{D:5}{ratios}{1000 * t['to 3·D']:13.2f}{(spl.route(x)[1] > 0).float().mean():13.0%}")

@@ -373,6 +373,12 @@ def test_a_block_has_12_D2_weights_which_decay_as_the_dense_control_and_6_f_D2_m
         assert sum(p.numel() for group in groups for p in group["params"]) == sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.parametrize("f", [0, 4])
+def test_every_branch_of_the_dense_control_starts_at_0(f):
+    (block,), x = Transformer(Config(dense=True, ffn_factor=f, n_layer=1)).blocks, torch.randn(1, 5, 128)
+    assert torch.equal(block(x, rotary(line(1, 5), 64)), x)
+
+
 def test_dropout_cuts_both_branches_in_training_alone():
     block, x, rope = Block(16, 2, 4, dense=True, dropout=1.0), torch.randn(1, 5, 16), rotary(line(1, 5), 8)
     assert torch.equal(block(x, rope), x) and not torch.equal(block.eval()(x, rope), x)
@@ -1043,6 +1049,9 @@ def test_a_stopped_run_goes_on_to_the_same_weights_and_with_nothing_else(tmp_pat
     assert [run["command"][0] for run in begun] == [SMALL[0], "--resume"]
     with pytest.raises(InputError, match="its budget is used up"):
         resume(out)
+    result = json.loads((out / "result.json").read_text())
+    (out / "result.json").unlink()                                      # killed after the last step: still to be written
+    assert equal(resume(out), whole) and json.loads((out / "result.json").read_text()) == result
     assert parse(["--minutes", "5"], {"steps": 12}).steps == 0                          # another budget, given anew
     assert read_log(out)["step"].tolist() == sorted({5, 10, 12, at})        # each once, the last as well
 
@@ -1268,6 +1277,7 @@ def test_sars_refuses_several_processes(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="--sars: needs .* one process"):
         flags("--sars")
+    flags("--sars", "--eval", "FILE", "--max-tokens", 1863)             # limits of training do not hold for answers
 
 
 def test_all_processes_take_the_clock_and_the_stop_of_the_first(monkeypatch):
@@ -1305,6 +1315,10 @@ def test_the_comparison_prints_means_deviations_and_the_paired_difference(tmp_pa
     assert gaps == [f"-0.0500 +- {4.30 * 0.05 / math.sqrt(3):.4f}", "+0.0000 +- 0.0000",
                     f"-0.1500 +- {4.30 * 0.15 / math.sqrt(3):.4f}"]
     finished_run(tmp_path / "again" / "a-seed0", 0, [0.5])
+    finished_run(tmp_path / "short-seed0", 0, [0.5])
+    log = tmp_path / "short-seed0" / "log.csv"
+    log.write_text("\n".join(log.read_text().split("\n")[:2]))             # a run so short that it has one line
+    train_arc.main(["--compare", str(tmp_path / "short-seed0")])
     with pytest.raises(InputError, match="again.*a second run of this arm with seed 0"):
         train_arc.main(["--compare", str(tmp_path / "a-seed0"), str(tmp_path / "again" / "a-seed0")])
 

@@ -253,9 +253,10 @@ def load_data(c):
     asked, training = read_asked(c), read_tasks(c.data, "training", solved=True)
     extras = [(path, *read_extra(path)) for path in c.extra]
     more = {name: task.test for name, task in without_leaks(training, asked).items()}   # beside its demos
-    every_second = slice(1, None, 2) if any(generated for _, _, generated in extras) else slice(None)
-    held = {name: more[name] for name in sorted(more)[every_second]} if c.heldout else {}     # their tests
-    more = {name: tests for name, tests in more.items() if name not in held}
+    names = sorted(more) if c.heldout else []
+    if any(generated for _, _, generated in extras):
+        names = names[1::2]
+    held = {name: more.pop(name) for name in names}                                     # their tests
     own = set(more)                             # of the training split: generated pairs are for these
     often, tasks = asked | {name: training[name] for name in held}, training | asked
     for path, found, generated in extras:
@@ -267,7 +268,7 @@ def load_data(c):
         more |= {name: task.test for name, task in new.items()}
         more |= {name: more[name] + generated[name][:c.generated] for name in known}
 
-    names, pairs, heldout = [], [], []
+    names, pairs, heldout = [], [], []                                                  # what is returned
     asked_inputs = {key(x) for task in asked.values() for x, _ in task.test}
     for name, task in tasks.items():
         free, every, n = free_colours(task, c.permute_colours), 1 if name in often else c.repeat, len(names)
@@ -511,11 +512,11 @@ def parse(argv, saved={}):
         refuse(f"--dropout {c.dropout}: expected less than 1")
     if c.d_model % (2 * c.n_head):
         refuse(f"--d-model {c.d_model}: expected a multiple of {2 * c.n_head}, twice --n-head")
-    if c.batch_tokens < world * c.max_tokens:
+    if not c.eval and c.batch_tokens < world * c.max_tokens:
         refuse(f"--batch-tokens {c.batch_tokens}: expected --max-tokens {c.max_tokens} for each of {world}")
     if c.dense and not c.ffn_factor:
         refuse("--dense --no-ffn: the control has an FFN of its own; leave out one of the two")
-    if c.sars and (c.dense or world > 1):
+    if c.sars and (c.dense or world > 1 and not c.eval):
         refuse("--sars: needs SPLs and one process; leave out --dense and torchrun")
     if c.moie_norm and (c.dense or not c.ffn_factor):
         refuse("--moie-norm: needs the FFN of SPLs; leave out --no-ffn and --dense")
@@ -559,7 +560,8 @@ LOG_EVERY, SAVE_MINUTES = 50, 5.0           # steps; minutes
 HELDOUT_EVERY = 0.04                        # share of the budget between two looks at the held-out pairs
 WARMUP, DECAY = 0.02, 0.5                   # shares of the budget
 CLIP, WEIGHT_DECAY = 1.0, 0.1               # the largest gradient norm; the decay of the blocks' matrices
-SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP              # they end training after the step
+# These end training after the step. Windows has no SIGHUP.
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 def rate(used):
@@ -711,7 +713,7 @@ def compare(folders):
     for folder in map(Path, folders):
         try:
             run = read_json(folder / "config.json") | read_json(folder / "result.json")
-            log = np.genfromtxt(folder / "log.csv", delimiter=",", names=True)
+            log = np.genfromtxt(folder / "log.csv", delimiter=",", names=True, ndmin=1)
             run["looks"] = log[np.isfinite(log["heldout_loss"])]
         except (OSError, ValueError) as fault:
             refuse(f"{folder}: not a finished run with held-out pairs: {fault}")
@@ -803,7 +805,9 @@ def read_start(given):
     if given.get("init"):
         return start, {name: start["shape"].get(name, False) for name in SHAPE} | {"extra": []}
     saved = start["flags"] | {"out": None, "init": None}
-    return start, saved | {"device": DEVICES[0]} if given.get("eval") else saved
+    if given.get("eval"):
+        saved["device"] = DEVICES[0]                    # trained on another, perhaps
+    return start, saved
 
 
 def main(argv):
@@ -839,7 +843,8 @@ def main(argv):
         for optimizer, tensors in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(tensors)
     state = state or {"names": names, "pairs": digest, "shape": shape, "step": 0, "seconds": 0.0, "log": []}
-    if c.resume and not c.score and progress(c, state, [], world)[0] >= 1:
+    finished = c.resume and progress(c, state, [], world)[0] >= 1 and Path(c.resume, "result.json").exists()
+    if finished and not c.score:
         refuse(f"--resume {c.resume}: its budget is used up; expected more --minutes or --steps")
     state["flags"] = {name: value for name, value in vars(c).items()
                       if name not in ("resume", "eval", "compare")}
