@@ -13,6 +13,8 @@ Copy      this file, dynsiha.py and spl.py.
 Run       python block.py
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -26,9 +28,9 @@ class MoIE(nn.Module):
     SPL should: its match shrinks with its input, its cost does not, and where relu leaves little it may fire no
     neuron at all."""
 
-    def __init__(self, d_model, d_ffn, norm=False):
+    def __init__(self, d_model, d_ffn, norm=False, linear=SparseProtoLinear):
         super().__init__()
-        self.up, self.down = SparseProtoLinear(d_model, d_ffn), SparseProtoLinear(d_ffn, d_model)
+        self.up, self.down = linear(d_model, d_ffn), linear(d_ffn, d_model)
         self.norm = nn.RMSNorm(d_ffn, elementwise_affine=False) if norm else nn.Identity()
 
     def forward(self, x):
@@ -47,17 +49,19 @@ class DenseFFN(nn.Module):
 
 
 class Block(nn.Module):
-    """(B, T, D) -> (B, T, D). ffn_factor = 0 leaves the FFN out; dense=True builds the nn.Linear control."""
+    """(B, T, D) -> (B, T, D). ffn_factor = 0 leaves the FFN out; dense=True builds the nn.Linear control;
+    tied_gate is SparseProtoLinear's."""
 
-    def __init__(self, d_model, n_head, ffn_factor=0, dense=False, dropout=0.0, moie_norm=False):
+    def __init__(self, d_model, n_head, ffn_factor=0, dense=False, dropout=0.0, moie_norm=False, tied_gate=False):
         super().__init__()
         self.ffn_factor, self.dropout = ffn_factor, dropout
         self.attn_norm = nn.RMSNorm(d_model)
-        self.attn = DynSIHA(d_model, n_head, nn.Linear if dense else SparseProtoLinear)
+        linear = nn.Linear if dense else partial(SparseProtoLinear, tied_gate=tied_gate)
+        self.attn = DynSIHA(d_model, n_head, linear)
         if ffn_factor:
             self.ffn_norm = nn.RMSNorm(d_model)
             d_ffn = ffn_factor * d_model
-            self.ffn = DenseFFN(d_model, d_ffn) if dense else MoIE(d_model, d_ffn, moie_norm)
+            self.ffn = DenseFFN(d_model, d_ffn) if dense else MoIE(d_model, d_ffn, moie_norm, linear)
 
     def forward(self, x, rope, cache=None, mask=None):
         x = x + F.dropout(self.attn(self.attn_norm(x), rope, cache, mask), self.dropout, self.training)

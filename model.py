@@ -148,6 +148,7 @@ class Config:
     ffn_factor: int = 1     # hidden width of the FFN over D; 0 leaves the FFN out
     dense: bool = False     # nn.Linear and GELU in place of SPLs; with ffn_factor 4, the control of equal size
     moie_norm: bool = False # an RMSNorm before the second SPL of the FFN
+    tied_gate: bool = False # W_g = −W_p in every SPL, so that it has two matrices
     dropout: float = 0.0    # share of a branch's output, in training
     dtype: str = "float32"  # or "bfloat16": of the products, by autocast
 
@@ -161,7 +162,7 @@ class Transformer(nn.Module):
         self.token = nn.Embedding(c.n_vocab, c.d_model)
         self.task = nn.Embedding(c.n_task, c.d_model)
         self.view = nn.Embedding(c.n_view, c.d_model)
-        block = c.d_model, c.n_head, c.ffn_factor, c.dense, c.dropout, c.moie_norm
+        block = c.d_model, c.n_head, c.ffn_factor, c.dense, c.dropout, c.moie_norm, c.tied_gate
         self.blocks = nn.ModuleList(Block(*block) for _ in range(c.n_layer))
         self.norm = nn.RMSNorm(c.d_model)
         self.head = nn.Linear(c.d_model, c.n_vocab, bias=False)
@@ -202,7 +203,8 @@ class Transformer(nn.Module):
         return {name: m for name, m in self.named_modules() if isinstance(m, SparseProtoLinear)}
 
     def routing_weights(self):
-        return [p for spl in self.spls().values() for p in (spl.proto_weight, spl.gate_weight)]
+        weights = [(spl.proto_weight, spl.gate_weight) for spl in self.spls().values()]
+        return [p for pair in weights for p in pair if p is not None]
 
     @contextmanager
     def watch(self):

@@ -11,7 +11,8 @@
 
 Symbols   x (..., D_in), Y (..., D_out); mu_weight, proto_weight and gate_weight are W_mu, W_p and W_g,
           each (D_out, D_in) as in nn.Linear.
-Cost      3·D_in·D_out multiply-adds, of which the routing is two thirds.
+Cost      3·D_in·D_out multiply-adds, of which the routing is two thirds; with a tied gate, W_g = −W_p for good,
+          2·D_in·D_out, of which it is half.
 Source    SPL is the layer of Tiny-ONN, github.com/dmf-archive/Tiny-ONN; written anew from its equations.
 Copy      this file alone; it needs torch. Use it like nn.Linear, on normalized inputs: cost does not shrink
           with x as the match does. With one output the mask is 0 or 1 and no routing is learned.
@@ -72,17 +73,24 @@ def spl_reference(x, mu_weight, mu_bias, proto_weight, gate_weight):
     return Y_comp * M, logits, M
 
 
+def routing_mask(V_match, L_gate=None):
+    """(logits, M). Without L_gate it is −V_match, as W_g = −W_p makes it: mas does not see the scale of 1/√D_in."""
+    logits = V_match - mas_normalize(-V_match if L_gate is None else L_gate)
+    return logits, mas_normalize(logits)
+
+
 class SparseProtoLinear(nn.Module):
     """Maps (..., in_features) to (..., out_features), with the arguments of nn.Linear: any leading shape, any
-    floating dtype. `bias` is b_mu; the routing has none."""
+    floating dtype. `bias` is b_mu; the routing has none. A tied gate has no matrix: W_g is −W_p throughout."""
 
-    def __init__(self, in_features, out_features, bias=True, device=None, dtype=None):
+    def __init__(self, in_features, out_features, bias=True, device=None, dtype=None, tied_gate=False):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
 
         def matrix():
             return nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
-        self.mu_weight, self.proto_weight, self.gate_weight = matrix(), matrix(), matrix()
+        self.mu_weight, self.proto_weight = matrix(), matrix()
+        self.register_parameter("gate_weight", None if tied_gate else matrix())
         vector = torch.empty(out_features, device=device, dtype=dtype)
         self.register_parameter("mu_bias", nn.Parameter(vector) if bias else None)
         self.reset_parameters()
@@ -99,23 +107,25 @@ class SparseProtoLinear(nn.Module):
         self.proto_weight.uniform_(-bound, bound)
         # The gate starts as the opposite of the prototype, costly where that mismatches, plus noise. W_g = 0
         # sits on relu's corner and never learns; W_g = -W_p alone charges no active neuron and hardly learns.
-        self.gate_weight.uniform_(-0.3 * bound, 0.3 * bound).sub_(self.proto_weight)
+        if self.gate_weight is not None:
+            self.gate_weight.uniform_(-0.3 * bound, 0.3 * bound).sub_(self.proto_weight)
 
     def forward(self, x):
-        # The three products share x, so one matrix product makes them all. The match is scaled at its weight.
-        proto_weight = self.proto_weight / math.sqrt(self.in_features)
-        weight = torch.cat((self.mu_weight, proto_weight, self.gate_weight))          # (3·D_out, D_in)
-        Y_comp, V_match, L_gate = F.linear(x, weight).split(self.out_features, dim=-1)
+        # The products share x, so one matrix product makes them all.
+        weight = torch.cat((self.mu_weight, *self.routing_maps()))            # (3·D_out, D_in); 2 with a tied gate
+        Y_comp, *routing = F.linear(x, weight).split(self.out_features, dim=-1)
         if self.mu_bias is not None:
             Y_comp = Y_comp + self.mu_bias.to(Y_comp.dtype)
-        return Y_comp * mas_normalize(V_match - mas_normalize(L_gate))
+        return Y_comp * routing_mask(*routing)[1]
+
+    def routing_maps(self):
+        """W_p / √D_in, which scales the match at its weight, and W_g, unless the gate is tied."""
+        proto_weight = self.proto_weight / math.sqrt(self.in_features)
+        return [proto_weight] if self.gate_weight is None else [proto_weight, self.gate_weight]
 
     def route(self, x):
         """(logits, M), each (..., D_out): the routing alone, for monitoring and for SARS."""
-        weight = torch.cat((self.proto_weight / math.sqrt(self.in_features), self.gate_weight))
-        V_match, L_gate = F.linear(x, weight).split(self.out_features, dim=-1)
-        logits = V_match - mas_normalize(L_gate)
-        return logits, mas_normalize(logits)
+        return routing_mask(*F.linear(x, torch.cat(self.routing_maps())).split(self.out_features, dim=-1))
 
     def extra_repr(self):
         return f"{self.in_features}, {self.out_features}, bias={self.mu_bias is not None}"

@@ -139,15 +139,16 @@ TORCHRUN = sys.executable, "-m", "torch.distributed.run", "--standalone", "--npr
 
 
 # ------------------------------------------------------------------------------------------ spl
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("bias, tied", [(True, False), (False, False), (True, True)])
 @pytest.mark.parametrize("D_out", [12, 1])
 @pytest.mark.parametrize("shape", [(8,), (2, 3, 8), (2, 0, 8)])
-def test_fused_spl_equals_the_literal_formula(shape, D_out, bias):
-    layer, x = SparseProtoLinear(8, D_out, bias, "cpu", torch.float64), torch.randn(shape, dtype=torch.float64)
+def test_fused_spl_equals_the_literal_formula(shape, D_out, bias, tied):
+    layer, x = SparseProtoLinear(8, D_out, bias, "cpu", torch.float64, tied), torch.randn(shape, dtype=torch.float64)
     for p in layer.parameters():
         nn.init.normal_(p)
     mu_bias = layer.mu_bias if bias else torch.zeros(D_out)
-    y, logits, M = spl_reference(x, layer.mu_weight, mu_bias, layer.proto_weight, layer.gate_weight)
+    gate_weight = -layer.proto_weight if tied else layer.gate_weight
+    y, logits, M = spl_reference(x, layer.mu_weight, mu_bias, layer.proto_weight, gate_weight)
     torch.testing.assert_close((layer(x), layer.route(x)), (y, (logits, M)))
     layer(x).sum().backward()
     assert y.shape == shape[:-1] + (D_out,) and all(p.grad.isfinite().all() for p in layer.parameters())
@@ -1215,6 +1216,7 @@ def test_the_presets_reach_the_flags_and_a_flag_wins(monkeypatch):
     ("--steps -5", "--steps -5"), ("--lr fast", "--lr"), ("--dropout 1", "--dropout 1"), ("--speed 3", "--speed"),
     ("--batch-tokens 100", "--batch-tokens 100: expected --max-tokens 150"), ("--sars --dense", "--sars"),
     ("--dense --no-ffn", "--dense --no-ffn"), ("--moie-norm --no-ffn", "--moie-norm: needs"),
+    ("--dense --tied-gate", "--tied-gate: needs SPLs"),
     ("--resume nowhere", "nowhere"), ("--data nowhere", "nowhere"),
     ("--compare nowhere", "nowhere: not a finished run"), ("--data ARC1 --extra nowhere", "nowhere: no tasks"),
     ("--data ARC1 --max-tokens 5", "no pair of at most 5 tokens")])

@@ -441,7 +441,7 @@ DENSE_LR = 0.25         # the dense control's rates over the SPL's: the best of 
 # The least value of each number; none may reach a billion.
 LEAST = dict(ffn_factor=0, d_model=2, n_head=1, n_layer=1, dropout=0, repeat=1, colour_votes=1, show=0,
              seed=0, minutes=0.01, steps=0, max_tokens=5, batch_tokens=5, lr=1e-7, muon_lr=0, generated=0)
-SHAPE = "d_model", "n_head", "n_layer", "ffn_factor", "moie_norm", "dense"      # the flags that shape a model
+SHAPE = "d_model", "n_head", "n_layer", "ffn_factor", "moie_norm", "tied_gate", "dense"     # the flags that shape a model
 
 
 def flag_parser():
@@ -457,6 +457,7 @@ def flag_parser():
     add("--ffn-factor", type=int, default=1, help="hidden width of the FFN over D; 4 under --dense")
     add("--no-ffn", dest="ffn_factor", action="store_const", const=0, help="leave it out, as --ffn-factor 0")
     add("--moie-norm", action="store_true", help="normalize the input of the FFN's second SPL")
+    add("--tied-gate", action=switch, default=False, help="W_g = -W_p in every SPL: two products, not three")
     add("--dense", action="store_true", help="the control: nn.Linear attention and a GELU FFN")
     add("--d-model", type=int, help="width D")
     add("--n-head", type=int, help="heads H")
@@ -518,6 +519,8 @@ def parse(argv, saved={}):
         refuse("--dense --no-ffn: the control has an FFN of its own; leave out one of the two")
     if c.sars and (c.dense or world > 1 and not c.eval):
         refuse("--sars: needs SPLs and one process; leave out --dense and torchrun")
+    if c.tied_gate and c.dense:
+        refuse("--tied-gate: needs SPLs; leave out --dense")
     if c.moie_norm and (c.dense or not c.ffn_factor):
         refuse("--moie-norm: needs the FFN of SPLs; leave out --no-ffn and --dense")
     if c.resume and bool(c.muon_lr) != bool(saved["muon_lr"]):
