@@ -432,12 +432,14 @@ def solve(c, model, names, rank=0, world=1):
 # ------------------------------------------------------------------------------------------ flags
 DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
 CPU = dict(
-    d_model=128, n_head=2, n_layer=4, dropout=0.0, extra=[], repeat=16, minutes=10.0, max_tokens=150,
-    batch_tokens=1536, lr=5e-3, muon_lr=1e-2, dtype="float32")
+    d_model=128, n_head=2, n_layer=4, tied_gate=True, dropout=0.0, extra=[], repeat=16, minutes=10.0,
+    max_tokens=150, batch_tokens=1536, lr=2.5e-3, muon_lr=1e-2, dtype="float32")
 CUDA = dict(
-    d_model=768, n_head=12, n_layer=10, dropout=0.1, extra=["data/arc-agi-2", "data/re-arc.zip"], repeat=3,
-    minutes=20.0, max_tokens=1863, batch_tokens=2**15, lr=4e-3, muon_lr=4e-3, dtype="bfloat16")
-DENSE_LR = 0.25         # the dense control's rates over the SPL's: the best of three on a GPU, see results/README.md
+    d_model=768, n_head=12, n_layer=10, tied_gate=False, dropout=0.1, repeat=3,
+    extra=["data/arc-agi-2", "data/re-arc.zip"], minutes=20.0, max_tokens=1863, batch_tokens=2**15, lr=4e-3, muon_lr=4e-3, dtype="bfloat16")
+# The same for the dense control, whose rates have been searched for by themselves.
+CPU_DENSE = CPU | dict(ffn_factor=4, tied_gate=False, lr=2.5e-3, muon_lr=2.5e-3)
+CUDA_DENSE = CUDA | dict(ffn_factor=4, lr=1e-3, muon_lr=1e-3)
 # The least value of each number; none may reach a billion.
 LEAST = dict(ffn_factor=0, d_model=2, n_head=1, n_layer=1, dropout=0, repeat=1, colour_votes=1, show=0,
              seed=0, minutes=0.01, steps=0, max_tokens=5, batch_tokens=5, lr=1e-7, muon_lr=0, generated=0)
@@ -457,7 +459,7 @@ def flag_parser():
     add("--ffn-factor", type=int, default=1, help="hidden width of the FFN over D; 4 under --dense")
     add("--no-ffn", dest="ffn_factor", action="store_const", const=0, help="leave it out, as --ffn-factor 0")
     add("--moie-norm", action="store_true", help="normalize the input of the FFN's second SPL")
-    add("--tied-gate", action=switch, default=False, help="W_g = -W_p in every SPL: two products, not three")
+    add("--tied-gate", action=switch, help="W_g = -W_p in every SPL: two products, not three")
     add("--dense", action="store_true", help="the control: nn.Linear attention and a GELU FFN")
     add("--d-model", type=int, help="width D")
     add("--n-head", type=int, help="heads H")
@@ -481,7 +483,7 @@ def flag_parser():
     add("--steps", type=int, default=0, help="training budget in steps, in place of minutes")
     add("--max-tokens", type=int, help="longest pair to train on; longer test pairs count as wrong")
     add("--batch-tokens", type=int, help="tokens per batch over all processes, padding included")
-    add("--lr", type=float, help="peak learning rate of AdamW; under --dense a quarter, as Muon's is")
+    add("--lr", type=float, help="peak learning rate of AdamW; under --dense another, as Muon's")
     add("--muon-lr", type=float, help="that of Muon, for the linear maps; 0: AdamW for all")
     add("--sars", action="store_true", help="train W_p and W_g by the routing loss of SARS alone")
     # machine
@@ -497,12 +499,13 @@ def parse(argv, saved={}):
     parser, world = flag_parser(), int(os.environ.get("WORLD_SIZE", 1))
     parser.set_defaults(**saved | {"minutes": None, "steps": None})
     first = parser.parse_args(argv)                                 # other defaults depend on some of these
-    preset = {"steps": 0} | (CUDA if first.device == "cuda" else CPU)
     if first.dense:
-        preset |= {"lr": DENSE_LR * preset["lr"], "muon_lr": DENSE_LR * preset["muon_lr"], "ffn_factor": 4}
+        preset = CUDA_DENSE if first.device == "cuda" else CPU_DENSE
+    else:
+        preset = CUDA if first.device == "cuda" else CPU
     if first.minutes and first.steps is None:
         saved = saved | {"steps": 0}                                # the budget is another one now
-    parser.set_defaults(**preset | saved)
+    parser.set_defaults(**{"steps": 0} | preset | saved)
     c = parser.parse_args(argv)
     for name, least in LEAST.items():
         if not least <= getattr(c, name) < 1e9:                     # nan is refused as well
