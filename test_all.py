@@ -937,7 +937,8 @@ def literal_run(data, clip, *words):
     c = flags(*SMALL, "--data", data, *words)
     names, pairs, heldout = train_arc.load_data(c)
     torch.manual_seed(c.seed)
-    model = Transformer(Config(n_task=len(names), d_model=32, n_head=2, n_layer=2, ffn_factor=0, dropout=c.dropout))
+    model = Transformer(Config(n_task=len(names), d_model=32, n_head=2, n_layer=2, ffn_factor=0,
+                               tied_gate=c.tied_gate, dropout=c.dropout))
     maps = [p for name, p in model.named_parameters() if c.muon_lr and "mu_weight" in name]
     decayed = [p for p in model.blocks.parameters() if p.ndim == 2 and id(p) not in map(id, maps)]
     others = [p for p in model.parameters() if id(p) not in map(id, decayed + maps)]
@@ -969,7 +970,8 @@ def literal_run(data, clip, *words):
     return model.state_dict(), history, evaluate(model, [collate(heldout, "cpu")])
 
 
-@pytest.mark.parametrize("more", [["--muon-lr", "0"], ["--muon-lr", "1e-2"], ["--muon-lr", "0", "--sars"]])
+@pytest.mark.parametrize("more", [["--muon-lr", "0"], ["--muon-lr", "1e-2", "--no-tied-gate"],
+                                  ["--muon-lr", "0", "--sars"], ["--muon-lr", "0", "--sars", "--no-tied-gate"]])
 def test_a_run_equals_a_loop_written_out(tmp_path, monkeypatch, more):
     """Here compiling changes no function; the warm-up that it brings must leave no trace."""
     monkeypatch.setattr(torch, "compile", lambda f, **_: f)
