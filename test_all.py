@@ -1217,7 +1217,7 @@ def test_the_presets_reach_the_flags_and_a_flag_wins(monkeypatch):
 @pytest.mark.parametrize("words, fault", [
     ("--d-model 30", "--d-model 30: expected a multiple of 4"), ("--lr nan", "--lr nan: expected 1e-07 or more"),
     ("--steps -5", "--steps -5"), ("--lr fast", "--lr"), ("--dropout 1", "--dropout 1"), ("--speed 3", "--speed"),
-    ("--batch-tokens 100", "--batch-tokens 100: expected --max-tokens 110"), ("--sars --dense", "--sars"),
+    ("--batch-tokens 100", "--batch-tokens 100: expected --max-tokens 150"), ("--sars --dense", "--sars"),
     ("--dense --no-ffn", "--dense --no-ffn"), ("--moie-norm --no-ffn", "--moie-norm: needs"),
     ("--dense --tied-gate", "--tied-gate: needs SPLs"),
     ("--resume nowhere", "nowhere"), ("--data nowhere", "nowhere"),

@@ -433,7 +433,7 @@ def solve(c, model, names, rank=0, world=1):
 DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
 CPU = dict(
     d_model=128, n_head=2, n_layer=4, tied_gate=True, dropout=0.0, extra=[], repeat=16, minutes=10.0,
-    max_tokens=110, batch_tokens=1536, lr=2.5e-3, muon_lr=1e-2, dtype="float32")
+    max_tokens=150, batch_tokens=1536, lr=2.5e-3, muon_lr=1e-2, dtype="float32")
 CUDA = dict(
     d_model=768, n_head=12, n_layer=10, tied_gate=False, dropout=0.1, repeat=3,
     extra=["data/arc-agi-2", "data/re-arc.zip"], minutes=20.0, max_tokens=1863, batch_tokens=2**15, lr=4e-3, muon_lr=4e-3, dtype="bfloat16")
