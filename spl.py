@@ -74,7 +74,7 @@ def spl_reference(x, mu_weight, mu_bias, proto_weight, gate_weight):
 
 
 def routing_mask(V_match, L_gate=None):
-    """(logits, M). Without L_gate it is −V_match, as W_g = −W_p makes it: mas does not see the scale of 1/√D_in."""
+    """(logits, M). Without L_gate it is −V_match, as W_g = −W_p makes it: mas does not see the 1/√D_in."""
     logits = V_match - mas_normalize(-V_match if L_gate is None else L_gate)
     return logits, mas_normalize(logits)
 

@@ -1053,7 +1053,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights_and_with_nothing_else(tmp_pat
     with pytest.raises(InputError, match="its budget is used up"):
         resume(out)
     result = json.loads((out / "result.json").read_text())
-    (out / "result.json").unlink()                                      # killed after the last step: still to be written
+    (out / "result.json").unlink()                              # as if killed after the last step
     assert equal(resume(out), whole) and json.loads((out / "result.json").read_text()) == result
     assert parse(["--minutes", "5"], {"steps": 12}).steps == 0                          # another budget, given anew
     assert read_log(out)["step"].tolist() == sorted({5, 10, 12, at})        # each once, the last as well

@@ -436,14 +436,16 @@ CPU = dict(
     max_tokens=150, batch_tokens=1536, lr=2.5e-3, muon_lr=1e-2, dtype="float32")
 CUDA = dict(
     d_model=768, n_head=12, n_layer=10, tied_gate=False, dropout=0.1, repeat=3,
-    extra=["data/arc-agi-2", "data/re-arc.zip"], minutes=20.0, max_tokens=1863, batch_tokens=2**15, lr=4e-3, muon_lr=4e-3, dtype="bfloat16")
+    extra=["data/arc-agi-2", "data/re-arc.zip"], minutes=20.0, max_tokens=1863, batch_tokens=2**15,
+    lr=4e-3, muon_lr=4e-3, dtype="bfloat16")
 # The same for the dense control, whose rates have been searched for by themselves.
 CPU_DENSE = CPU | dict(ffn_factor=4, tied_gate=False, lr=2.5e-3, muon_lr=2.5e-3)
 CUDA_DENSE = CUDA | dict(ffn_factor=4, lr=1e-3, muon_lr=1e-3)
 # The least value of each number; none may reach a billion.
 LEAST = dict(ffn_factor=0, d_model=2, n_head=1, n_layer=1, dropout=0, repeat=1, colour_votes=1, show=0,
              seed=0, minutes=0.01, steps=0, max_tokens=5, batch_tokens=5, lr=1e-7, muon_lr=0, generated=0)
-SHAPE = "d_model", "n_head", "n_layer", "ffn_factor", "moie_norm", "tied_gate", "dense"     # the flags that shape a model
+# The flags that shape a model
+SHAPE = "d_model", "n_head", "n_layer", "ffn_factor", "moie_norm", "tied_gate", "dense"
 
 
 def flag_parser():
