@@ -253,10 +253,10 @@ def load_data(c):
     asked, training = read_asked(c), read_tasks(c.data, "training", solved=True)
     extras = [(path, *read_extra(path)) for path in c.extra]
     more = {name: task.test for name, task in without_leaks(training, asked).items()}   # beside its demos
-    names = sorted(more) if c.heldout else []
+    chosen = sorted(more) if c.heldout else []
     if any(generated for _, _, generated in extras):
-        names = names[1::2]
-    held = {name: more.pop(name) for name in names}                                     # their tests
+        chosen = chosen[1::2]
+    held = {name: more.pop(name) for name in chosen}                                    # their tests
     own = set(more)                             # of the training split: generated pairs are for these
     often, tasks = asked | {name: training[name] for name in held}, training | asked
     for path, found, generated in extras:
@@ -268,7 +268,7 @@ def load_data(c):
         more |= {name: task.test for name, task in new.items()}
         more |= {name: more[name] + generated[name][:c.generated] for name in known}
 
-    names, pairs, heldout = [], [], []                                                  # what is returned
+    names, pairs, heldout = [], [], []
     asked_inputs = {key(x) for task in asked.values() for x, _ in task.test}
     for name, task in tasks.items():
         free, every, n = free_colours(task, c.permute_colours), 1 if name in often else c.repeat, len(names)
@@ -851,8 +851,9 @@ def main(argv):
         for optimizer, tensors in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(tensors)
     state = state or {"names": names, "pairs": digest, "shape": shape, "step": 0, "seconds": 0.0, "log": []}
-    finished = c.resume and progress(c, state, [], world)[0] >= 1 and Path(c.resume, "result.json").exists()
-    if finished and not c.score:
+    # Killed between its last step and result.json, a run has nothing left to train, but that to write.
+    over = c.resume and progress(c, state, [], world)[0] >= 1 and Path(c.resume, "result.json").exists()
+    if over and not c.score:
         refuse(f"--resume {c.resume}: its budget is used up; expected more --minutes or --steps")
     state["flags"] = {name: value for name, value in vars(c).items()
                       if name not in ("resume", "eval", "compare")}
