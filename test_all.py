@@ -1316,7 +1316,7 @@ def test_the_comparison_prints_means_deviations_and_the_paired_difference(tmp_pa
     assert table["seconds"] == ("120 +- 0", "120 +- 0") and table["seconds to 0.700"][1] == "10 +- 0"
     assert table["steps to 0.700"] == ("2 +- 0", "1 +- 0")
     assert table["pass@2"][0] == "0.1 +- 0.1" and table["training loss"][0] == "1.8 +- 0.3"
-    gaps = [b for name, _, b in rows if name == "less a's, 95% interval"]
+    gaps = [b for name, _, b in rows if name == "less a's, paired by seed, 95%"]
     assert gaps == [f"-0.0500 +- {4.30 * 0.05 / math.sqrt(3):.4f}", "+0.0000 +- 0.0000",
                     f"-0.1500 +- {4.30 * 0.15 / math.sqrt(3):.4f}"]
     finished_run(tmp_path / "again" / "a-seed0", 0, [0.5])
@@ -1373,28 +1373,31 @@ def test_the_readmes_example_runs_as_it_stands_and_its_optimizers_train_the_laye
     assert scope["y"].shape == (2, 10, 64)
 
 
-def compared(capsys, *arms):
-    """The rows that --compare prints of these arms' runs in results/."""
-    folders = [folder for arm in arms for folder in sorted((HERE / "results/compare").glob(f"{arm}-seed*"))]
+def compared(capsys, folder, *arms):
+    """The rows that --compare prints of these arms' runs in a folder of results/."""
+    folders = [run for arm in arms for run in sorted((HERE / "results" / folder).glob(f"{arm}-seed*"))]
     train_arc.main(["--compare", *map(str, folders)])
     return capsys.readouterr().out.splitlines()
 
 
 def test_the_readmes_tables_of_the_comparison_are_what_the_logs_give(capsys):
-    rows = compared(capsys, "no-ffn-6", "moie", "moie-norm", "no-ffn", "dense")
+    rows = compared(capsys, "compare", "no-ffn-6", "moie", "moie-norm", "no-ffn", "dense")
     for file, size in ("README.md", 6), ("results/README.md", 10):
         text = (HERE / file).read_text()
         table = text.split("compare/{no-ffn-6,moie,moie-norm,no-ffn,dense}-seed*")[1].split("\n\n")[1].splitlines()
         assert len(table) == size and set(table) <= set(rows)
 
 
-@pytest.mark.parametrize("first, arm, loss, grids, training", [
-    ("no-ffn-6", "moie", "+0.025 ± 0.012", "-1.6 ± 1.1", "+0.017 ± 0.013"),
-    ("no-ffn-8", "moie-f2", "+0.050 ± 0.025", "-1.0 ± 4.5", None),
-    ("no-ffn", "moie", "+0.013 ± 0.025", "+0.4 ± 1.6", None),
-    ("no-ffn", "dense", "-0.016 ± 0.018", "+2.7 ± 1.3", "-0.045 ± 0.010")])
-def test_the_verdicts_intervals_are_what_the_logs_give(first, arm, loss, grids, training, capsys):
-    cells = [row.split("|")[-2] for row in compared(capsys, first, arm) if "95% interval" in row]
+@pytest.mark.parametrize("folder, first, arm, loss, grids, training", [
+    ("compare", "no-ffn-6", "moie", "+0.025 ± 0.012", "-1.6 ± 1.1", "+0.017 ± 0.013"),
+    ("compare", "no-ffn-6-usual", "moie", "+0.035 ± 0.016", "-1.4 ± 1.5", "+0.022 ± 0.016"),
+    ("compare", "no-ffn-6", "moie-zero", "+0.034 ± 0.016", "-2.5 ± 1.5", "+0.019 ± 0.013"),
+    ("compare", "no-ffn-8", "moie-f2", "+0.050 ± 0.025", "-1.0 ± 4.5", None),
+    ("compare", "no-ffn", "moie", "+0.013 ± 0.025", "+0.4 ± 1.6", None),
+    ("compare", "no-ffn", "dense", "-0.016 ± 0.018", "+2.7 ± 1.3", "-0.045 ± 0.010"),
+    ("parts", "full", "tied", "-0.028 ± 0.018", "+1.7 ± 1.2", None)])
+def test_the_verdicts_intervals_are_what_the_logs_give(folder, first, arm, loss, grids, training, capsys):
+    cells = [row.split("|")[-2] for row in compared(capsys, folder, first, arm) if "paired by seed" in row]
     for cell, text, scale, digits in zip(cells, (loss, grids, training), (1, 100, 1), (3, 1, 3)):
         gap, half = (scale * float(number) for number in cell.split("+-"))
         assert text in (None, f"{gap:+.{digits}f} ± {half:.{digits}f}")
