@@ -10,7 +10,7 @@ A sequence is a pair of grids; a token's position is its row, its column and its
 
 Symbols   B batch, T tokens, P prompt columns, D width, H heads, h = D/H, L layers, f FFN factor.
 Copy      this file, block.py, dynsiha.py and spl.py.
-Run       python model.py [checkpoint of train_arc.py]
+Run       python model.py; python model.py RUN shows where a trained model of train_arc.py looks
 """
 
 import math
@@ -21,6 +21,7 @@ from collections import Counter, namedtuple
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -359,15 +360,16 @@ def evaluate(model, batches):
     return {name: float(total / n[per.get(name, "real")]) for name, total in sums.items()}
 
 
-def load_checkpoint(file):
-    """What a run of train_arc.py has saved in `file`; nothing that it holds is executed. ValueError names the
-    file and the fault."""
+def load_checkpoint(run):
+    """What a run of train_arc.py has saved in its folder, `run`; nothing that it holds is executed. ValueError
+    names the file and the fault."""
+    file = Path(run, "checkpoint.pt")
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
         if not {"flags", "shape", "names", "pairs", "step", "seconds", "log", "model", "optimizers"} <= state.keys():
             raise ValueError("something is missing")
     except OSError as fault:
-        raise ValueError(f"{file}: {fault.strerror}") from None
+        raise ValueError(f"{file}: {fault.strerror}; expected the folder of a run") from None
     except (pickle.UnpicklingError, struct.error, RuntimeError, EOFError, LookupError, ValueError, TypeError,
             AttributeError) as fault:                           # all that torch.load raises over a broken file
         reason = str(fault).partition(". ")[0][:200] or type(fault).__name__
@@ -375,16 +377,9 @@ def load_checkpoint(file):
     return state
 
 
-if __name__ == "__main__":
-    state = None
-    if len(sys.argv) > 1:
-        try:
-            state = load_checkpoint(sys.argv[1])
-            if state["shape"]["dense"]:
-                raise ValueError(f"{sys.argv[1]}: expected SPLs, found the dense control")
-        except ValueError as fault:
-            print(f"error: {fault}", file=sys.stderr)
-            sys.exit(2)
+# ------------------------------------------------------------------------------------------ demos
+def show_costs():
+    """Prints what the arms cost, in training and in decoding, and what the cache saves."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     B, T, new = 64, 32, 40
     tokens, zero = torch.randint(10, (B, T), device=device), torch.zeros(B, device=device).long()
@@ -422,19 +417,22 @@ if __name__ == "__main__":
           f"{B * new / t['recomputed']:.0f} recomputing the prefix: {t['recomputed'] / t['cached']:.0f}x")
     assert (cached() == recomputed()).float().mean() > 0.99
 
-    # Both attentions in block 0, at the end of the first input of ARC's task 0d3d703e, three rows of 3 1 2.
-    source, task, model = "a random model (name a checkpoint for a trained one)", 0, model.cpu()
-    if state:
-        source = sys.argv[1]
-        task = state["names"].index("0d3d703e") if "0d3d703e" in state["names"] else 0
-        model = Transformer(Config(**state["shape"]))
-        model.load_state_dict(state["model"])
+
+def show_attention(run):
+    """Prints both attentions of a trained model's block 0, at the end of the first input of ARC's task
+    0d3d703e, three rows of 3 1 2."""
+    state = load_checkpoint(run)
+    if state["shape"]["dense"]:
+        raise ValueError(f"{run}: expected SPLs, found the dense control")
+    task = state["names"].index("0d3d703e") if "0d3d703e" in state["names"] else 0
+    model = Transformer(Config(**state["shape"])).eval()
+    model.load_state_dict(state["model"])
     prompt = torch.tensor([[START, *[3, 1, 2, NL] * 3, SEP]])
-    with model.eval().watch() as seen, torch.no_grad():
+    with model.watch() as seen, torch.no_grad():
         model(prompt, torch.tensor([task]), torch.tensor([0]))
     layer, (_, x, _) = model.blocks[0].attn, seen["blocks.0.attn.q"]
     masks, weights = double_attention(layer, x, rotary(positions(prompt), x.shape[-1] // layer.n_head))
-    print(f"\nThe double attention of <sep>, after which the output begins, in {source}")
+    print(f"The double attention of <sep>, after which the output begins, in block 0 of {run}")
     for part, mask in masks.items():
         M = mask[0, -1]
         strongest = "  ".join(f"{j}: {M[j]:.2f}" for j in M.topk(4).indices)
@@ -443,3 +441,11 @@ if __name__ == "__main__":
     for head, weight in enumerate(weights[0, :4, -1]):
         best = "  ".join(f"{names[prompt[0, t]]} at {t}: {weight[t]:.2f}" for t in weight.topk(3).indices)
         print(f"  head {head} looks at {best}")
+
+
+if __name__ == "__main__":
+    try:
+        show_attention(sys.argv[1]) if len(sys.argv) > 1 else show_costs()
+    except ValueError as fault:
+        print(f"error: {fault}", file=sys.stderr)
+        sys.exit(2)

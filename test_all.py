@@ -901,7 +901,8 @@ def test_untried_tasks_are_wrong_and_unknown_outputs_do_not_count(tmp_path, caps
     assert Counter(asked[:2] for asked in model.asked) == {(n, view): 1 for n in (1, 2) for view in range(8)}
     submission = json.loads((tmp_path / "submission.json").read_text())
     assert [submission[name][0]["attempt_1"] for name in entries] == [[[1, 2]], [[3, 4]], FILLER]
-    assert "right test 0: input\n1 2\nattempt\n1 2\noutput\n" in shown and "wrong test 0: input" in shown
+    mark = ", right" if scores else ""                                  # an output that is unknown gives none
+    assert f"right test 0: input\n1 2\nattempt{mark}\n1 2\noutput\n" in shown and "wrong test 0: input" in shown
     assert re.search(said, shown) and ("cannot be scored" in shown) == ("cannot be scored" in said)
 
 
@@ -1045,9 +1046,12 @@ def test_a_checkpoint_of_a_gpu_is_answered_without_one_but_not_trained(learnt, t
     state = torch.load(learnt[1] / "checkpoint.pt", weights_only=True)
     state["flags"] |= {"device": "cuda", "data": str(learnt[0])}
     torch.save(state, tmp_path / "checkpoint.pt")
-    assert train_arc.main(["--eval", str(tmp_path / "checkpoint.pt"), "--out", str(tmp_path / "out")]) is None
+    assert train_arc.main(["--eval", str(tmp_path), "--out", str(tmp_path / "out")]) is None
     with pytest.raises(InputError, match="--data nowhere: no such file or folder"):
-        train_arc.main(["--eval", str(tmp_path / "checkpoint.pt"), "--data", "nowhere", "--out", str(tmp_path / "two")])
+        train_arc.main(["--eval", str(tmp_path), "--data", "nowhere", "--out", str(tmp_path / "two")])
+    other = one_task_set(tmp_path / "data")
+    with pytest.raises(InputError, match="data: no task that the model was trained on; --init answers new ones"):
+        train_arc.main(["--eval", str(tmp_path), "--data", str(other), "--out", str(tmp_path / "two")])
     assert not (tmp_path / "two").exists()
     with pytest.raises(InputError, match="--device cuda: expected one of"):
         resume(tmp_path)
@@ -1129,18 +1133,18 @@ def learnt(tmp_path_factory):
 def test_a_new_run_begins_with_all_weights_of_another_but_its_tasks(learnt, tmp_path):
     """Its size comes with them; the flags of its training do not."""
     data, steps = one_task_set(tmp_path / "data"), ["--steps", "1", "--lr", "1e-7", "--no-score", "--no-compile"]
-    words = ["--init", str(learnt[1] / "checkpoint.pt"), "--device", "cpu"]
+    words = ["--init", str(learnt[1]), "--device", "cpu"]
     train_arc.main([*words, *steps, "--data", str(data), "--out", str(tmp_path / "out")])
-    old, new = (train_arc.load_checkpoint(out / "checkpoint.pt") for out in (learnt[1], tmp_path / "out"))
+    old, new = map(train_arc.load_checkpoint, (learnt[1], tmp_path / "out"))
     assert (new["step"], new["flags"]["d_model"]) == (1, 32) and new["flags"]["lr"] == 1e-7
     assert new["flags"]["batch_tokens"] == train_arc.CPU["batch_tokens"]
     assert new["names"] == ["turn", "mirror"] and new["model"].pop("task.weight").shape == (2, 32)
     for name, weight in new["model"].items():
         torch.testing.assert_close(weight, old["model"][name], atol=1e-6, rtol=0)
-    assert train_arc.read_start({"init": learnt[1] / "checkpoint.pt"})[1]["extra"] == []    # on a GPU, too
+    assert train_arc.read_start({"init": learnt[1]})[1]["extra"] == []    # on a GPU, too
     train_arc.main(["--resume", str(tmp_path / "out"), "--steps", "2"])           # from here a run like any other
-    assert train_arc.load_checkpoint(tmp_path / "out" / "checkpoint.pt")["step"] == 2
-    train_arc.main(["--eval", str(tmp_path / "out" / "checkpoint.pt"), "--out", str(tmp_path / "answers")])
+    assert train_arc.load_checkpoint(tmp_path / "out")["step"] == 2
+    train_arc.main(["--eval", str(tmp_path / "out"), "--out", str(tmp_path / "answers")])
     assert (tmp_path / "answers" / "submission.json").exists()
     with pytest.raises(InputError, match="--d-model 64: the checkpoint's model has 32"):
         train_arc.main([*words, "--d-model", "64"])
@@ -1152,7 +1156,7 @@ def test_a_new_run_begins_with_all_weights_of_another_but_its_tasks(learnt, tmp_
 
 def test_a_model_that_overfits_one_task_answers_exactly_and_again_with_one_process_or_two(learnt, tmp_path):
     data, out = learnt
-    words = ["--eval", str(out / "checkpoint.pt"), "--out"]
+    words = ["--eval", str(out), "--out"]
     train_arc.main([*words, str(tmp_path / "one")])
     run = script(*words, tmp_path / "two", launcher=TORCHRUN)
     _, error = run.communicate()
@@ -1312,13 +1316,13 @@ DEMO = """if True:
     runpy.run_path(sys.argv.pop(1), run_name="__main__")"""
 
 
-@pytest.mark.parametrize("name", ["spl", "dynsiha", "block", "model"])
-def test_each_concept_file_runs_alone_with_the_files_that_it_names(learnt, tmp_path, name):
-    """model.py with a checkpoint that the script wrote."""
+@pytest.mark.parametrize("name, trained", [("spl", 0), ("dynsiha", 0), ("block", 0), ("model", 0), ("model", 1)])
+def test_each_concept_file_runs_alone_with_the_files_that_it_names(learnt, tmp_path, name, trained):
+    """model.py with a run of the script's, and without one."""
     head = re.search(r"Copy +(.*)", (HERE / f"{name}.py").read_text())[1]
     for file in {f"{name}.py", *re.findall(r"\w+\.py", head)}:
         shutil.copy(HERE / file, tmp_path)
-    words = [learnt[1] / "checkpoint.pt"] if name == "model" else []
+    words = [learnt[1]] if trained else []
     environment = os.environ | {"TORCH_COMPILE_DISABLE": "1", "PYTHONPATH": ""}
     run = script(f"{name}.py", *words, launcher=(sys.executable, "-c", DEMO), cwd=tmp_path, env=environment)
     output, error = run.communicate()

@@ -416,7 +416,7 @@ def solve(c, model, names, rank=0, world=1):
         x, y = tasks[name].test[i]
         draw(f"{name} test {i}: input", x)
         for grid in answers[name, i][:2] or [[["none"]]]:
-            draw("attempt", grid)
+            draw("attempt" if y is None else "attempt, right" if grid == y.tolist() else "attempt, wrong", grid)
         draw("output", [["unknown"]] if y is None else y)
     result, asked = score(answers, tasks), sum(len(task.test) for task in tasks.values())
     print(f"{len(questions)} of {asked} test inputs were short enough and of a task that the model was trained "
@@ -454,8 +454,8 @@ def flag_parser():
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error, add, switch = refuse, parser.add_argument, argparse.BooleanOptionalAction
     add("--resume", metavar="DIR", help="go on with the run in DIR, under its flags; one given anew counts")
-    add("--eval", metavar="FILE", help="answer and score with this checkpoint, under its flags likewise")
-    add("--init", metavar="FILE", help="begin with this checkpoint's weights, for tasks that it has not seen")
+    add("--eval", metavar="DIR", help="answer and score with that run's checkpoint, under its flags likewise")
+    add("--init", metavar="DIR", help="begin with the weights of that run, for tasks that it has not seen")
     add("--compare", metavar="DIR", nargs="+", help="print a table of finished runs")
     # model
     add("--ffn-factor", type=int, default=1, help="hidden width of the FFN over D; 4 under --dense")
@@ -800,14 +800,14 @@ def make_folder(c, argv, flags):
 
 
 def read_start(given):
-    """(the checkpoint that --resume, --eval or --init names, or None; the flags' values that come with it)."""
+    """(the checkpoint of the run that --resume, --eval or --init names, or None; the flags' values that come with it)."""
     files = [given[name] for name in ("eval", "init", "resume") if given.get(name)]
     if not files:
         return None, {}
     if len(files) > 1:
         refuse("--eval, --init, --resume: expected one of them, at most")
     try:
-        start = load_checkpoint(Path(files[0], "checkpoint.pt") if given.get("resume") else files[0])
+        start = load_checkpoint(files[0])
     except ValueError as fault:
         refuse(fault)
     if given.get("init"):
@@ -829,8 +829,8 @@ def main(argv):
 
     # the data, and the model of the checkpoint or a new one
     names, pairs, heldout = (state["names"], [], []) if c.eval else load_data(c)
-    if c.eval:
-        read_asked(c)                                   # a fault in it is found before a folder is made
+    if c.eval and not set(names) & read_asked(c).keys():
+        refuse(f"--data {c.data}: no task that the model was trained on; --init answers new ones")
     known = set(names) & set(start["names"]) if c.init else None
     if known:
         refuse(f"--init {c.init}: trained on task {min(known)}, perhaps on its tests; expected new tasks alone")
