@@ -2,7 +2,7 @@
 
     x      = token embedding + task embedding + view embedding        (B, T, D)
     x      = block_l(x), l = 1..L                                     positions: rotary angles in each block
-    logits = head(norm(x))                                            (B, T, n_vocab)
+    logits = head(norm(x))                                            (B, T, N_VOCAB)
 
 A sequence is a pair of grids; a token's position is its row, its column and its role (0 input, 1 output):
 
@@ -14,8 +14,6 @@ Run       python model.py; python model.py RUN shows where a trained model of tr
 """
 
 import math
-import pickle
-import struct
 import sys
 from collections import Counter, namedtuple
 from contextlib import contextmanager
@@ -41,6 +39,10 @@ N_VIEW = len(INVERSE)
 STRIDE = 64                                             # slots by which decoding reads more of its cache
 # dense bfloat16 FLOP/s, from the data sheets
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "4090": 165e12, "5090": 210e12}
+
+
+class InputError(ValueError):
+    """Bad input. Its text is one line that names the file, the task and the fault."""
 
 
 # ------------------------------------------------------------------------------------------ grids and positions
@@ -140,9 +142,7 @@ def positions(tokens):
 # ------------------------------------------------------------------------------------------ model
 @dataclass
 class Config:
-    n_vocab: int = N_VOCAB  # tokens
     n_task: int = 1         # task embeddings
-    n_view: int = N_VIEW    # view embeddings
     d_model: int = 128      # D
     n_head: int = 2         # H
     n_layer: int = 4        # L
@@ -155,18 +155,19 @@ class Config:
 
 
 class Transformer(nn.Module):
-    """Tokens (B, T), with a task and a view for each row, -> logits (B, T, n_vocab)."""
+    """Tokens (B, T), with a task and a view for each row, -> logits (B, T, N_VOCAB)."""
 
     def __init__(self, config):
         super().__init__()
         c = self.config = config
-        self.token = nn.Embedding(c.n_vocab, c.d_model)
+        self.token = nn.Embedding(N_VOCAB, c.d_model)
         self.task = nn.Embedding(c.n_task, c.d_model)
-        self.view = nn.Embedding(c.n_view, c.d_model)
-        block = c.d_model, c.n_head, c.ffn_factor, c.dense, c.dropout, c.moie_norm, c.tied_gate
-        self.blocks = nn.ModuleList(Block(*block) for _ in range(c.n_layer))
+        self.view = nn.Embedding(N_VIEW, c.d_model)
+        self.blocks = nn.ModuleList(
+            Block(c.d_model, c.n_head, c.ffn_factor, c.dense, c.dropout, c.moie_norm, c.tied_gate)
+            for _ in range(c.n_layer))
         self.norm = nn.RMSNorm(c.d_model)
-        self.head = nn.Linear(c.d_model, c.n_vocab, bias=False)
+        self.head = nn.Linear(c.d_model, N_VOCAB, bias=False)
         self.reset_parameters()
 
     def reset_parameters(self):
@@ -181,7 +182,7 @@ class Transformer(nn.Module):
                     nn.init.zeros_(p)
 
     def forward(self, tokens, task, view, pos=None, caches=None, mask=None):
-        """tokens (B, T), task (B,), view (B,) -> logits (B, T, n_vocab); causal without a mask.
+        """tokens (B, T), task (B,), view (B,) -> logits (B, T, N_VOCAB); causal without a mask.
 
         pos (B, T, any number of axes) replaces `positions(tokens)`.
         """
@@ -190,7 +191,7 @@ class Transformer(nn.Module):
         with self.autocast():
             for block, cache in zip(self.blocks, caches or [None] * len(self.blocks)):
                 x = block(x, rope, cache, mask)                                       # (B, T, D)
-            return self.head(self.norm(x))                                            # (B, T, n_vocab)
+            return self.head(self.norm(x))                                            # (B, T, N_VOCAB)
 
     def autocast(self):
         return torch.autocast(self.head.weight.device.type, torch.bfloat16, self.config.dtype == "bfloat16")
@@ -211,15 +212,13 @@ class Transformer(nn.Module):
     def watch(self):
         """While open, each forward fills the dict that this yields: {name of an SPL: (SPL, x, Y_out)}; Y_out
         keeps its gradient."""
-        seen = {}
+        seen, names = {}, {spl: name for name, spl in self.spls().items()}
 
-        def keep(name):
-            def hook(spl, x, y):
-                seen[name] = spl, x[0], y
-                if y.requires_grad:
-                    y.retain_grad()
-            return hook
-        hooks = [spl.register_forward_hook(keep(name)) for name, spl in self.spls().items()]
+        def keep(spl, inputs, y):
+            seen[names[spl]] = spl, inputs[0], y
+            if y.requires_grad:
+                y.retain_grad()
+        hooks = [spl.register_forward_hook(keep) for spl in names]
         try:
             yield seen
         finally:
@@ -254,7 +253,7 @@ class Transformer(nn.Module):
         size = math.ceil((P + max_new) / STRIDE) * STRIDE
         caches = [KVCache(B, c.n_head, size, c.d_model // c.n_head, device, dtype) for _ in self.blocks]
         row, last, pos = torch.arange(B, device=device), lengths - 1, positions(tokens)
-        logits = self(tokens, task, view, pos, caches)[row, last]                     # (B, n_vocab)
+        logits = self(tokens, task, view, pos, caches)[row, last]                     # (B, N_VOCAB)
         token, now = tokens[row, last], pos[row, last]      # the last token, (B,), and its position, (B, 3)
         mask = (torch.arange(size, device=device) < lengths[:, None])[:, None, None]  # (B, 1, 1, size)
         out, all_logits, done = [], [], torch.zeros(B, dtype=torch.bool, device=device)
@@ -298,13 +297,13 @@ def captured(step):
 # ------------------------------------------------------------------------------------------ loss and monitors
 def task_loss(model, tokens, task, view, targets):
     """Cross-entropy summed over the tokens that have a target; the caller divides by their number."""
-    logits = model(tokens, task, view).flatten(0, 1).float()                                  # (B·T, n_vocab)
+    logits = model(tokens, task, view).flatten(0, 1).float()                                  # (B·T, N_VOCAB)
     return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="sum")
 
 
 def sample_losses(model, tokens, task, view, targets):
     """(B,): the cross-entropy summed over each row's targets, -log of the probability of its output."""
-    logits = model(tokens, task, view).float().transpose(1, 2)                                # (B, n_vocab, T)
+    logits = model(tokens, task, view).float().transpose(1, 2)                                # (B, N_VOCAB, T)
     return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none").sum(1)
 
 
@@ -343,7 +342,7 @@ def evaluate(model, batches):
     model.eval()
     with model.watch() as seen, model.autocast(), torch.compiler.set_stance("force_eager"):
         for *inputs, targets in batches:
-            logp = model(*inputs).float().log_softmax(-1)                                 # (B, T, n_vocab)
+            logp = model(*inputs).float().log_softmax(-1)                                 # (B, T, N_VOCAB)
             scored, right = targets != IGNORE, logp.argmax(-1) == targets                 # (B, T)
             real = unpadded(targets)                                                      # (B, T)
             loss = F.nll_loss(logp.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
@@ -361,20 +360,16 @@ def evaluate(model, batches):
 
 
 def load_checkpoint(run):
-    """What a run of train_arc.py has saved in its folder, `run`; nothing that it holds is executed. ValueError
+    """What a run of train_arc.py has saved in its folder, `run`; nothing that it holds is executed. InputError
     names the file and the fault."""
     file = Path(run, "checkpoint.pt")
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-        if not {"flags", "shape", "names", "pairs", "step", "seconds", "log", "model", "optimizers"} <= state.keys():
-            raise ValueError("something is missing")
-    except OSError as fault:
-        raise ValueError(f"{file}: {fault.strerror}; expected the folder of a run") from None
-    except (pickle.UnpicklingError, struct.error, RuntimeError, EOFError, LookupError, ValueError, TypeError,
-            AttributeError) as fault:                           # all that torch.load raises over a broken file
-        reason = str(fault).partition(". ")[0][:200] or type(fault).__name__
-        raise ValueError(f"{file}: not a checkpoint of this program: {reason}") from None
-    return state
+        Config(**state["shape"])
+        return state
+    except Exception as fault:              # over a broken file torch.load raises errors of many kinds
+        reason = str(fault).partition(". ")[0][:200]
+        raise InputError(f"{file}: {type(fault).__name__}: {reason}; expected the checkpoint of a run") from None
 
 
 # ------------------------------------------------------------------------------------------ demos
@@ -423,7 +418,7 @@ def show_attention(run):
     0d3d703e, three rows of 3 1 2."""
     state = load_checkpoint(run)
     if state["shape"]["dense"]:
-        raise ValueError(f"{run}: expected SPLs, found the dense control")
+        raise InputError(f"{run}: expected SPLs, found the dense control")
     task = state["names"].index("0d3d703e") if "0d3d703e" in state["names"] else 0
     model = Transformer(Config(**state["shape"])).eval()
     model.load_state_dict(state["model"])
@@ -446,6 +441,6 @@ def show_attention(run):
 if __name__ == "__main__":
     try:
         show_attention(sys.argv[1]) if len(sys.argv) > 1 else show_costs()
-    except ValueError as fault:
+    except InputError as fault:
         print(f"error: {fault}", file=sys.stderr)
         sys.exit(2)

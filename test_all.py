@@ -7,6 +7,7 @@ import math
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -346,12 +347,6 @@ def test_a_block_has_12_D2_weights_which_decay_as_the_dense_control_and_6_f_D2_m
             3 * 16 * 16 * size for size in sizes]
         assert [group["weight_decay"] for group in groups] == [0.1, 0, 0.1][:len(groups)]
         assert sum(p.numel() for group in groups for p in group["params"]) == sum(p.numel() for p in model.parameters())
-
-
-@pytest.mark.parametrize("f", [0, 4])
-def test_every_branch_of_the_dense_control_starts_at_0(f):
-    (block,), x = Transformer(Config(dense=True, ffn_factor=f, n_layer=1)).blocks, torch.randn(1, 5, 128)
-    assert torch.equal(block(x, rotary(line(1, 5), 64)), x)
 
 
 def test_dropout_cuts_both_branches_in_training_alone():
@@ -1148,7 +1143,7 @@ def test_a_new_run_begins_with_all_weights_of_another_but_its_tasks(learnt, tmp_
     assert (tmp_path / "answers" / "submission.json").exists()
     with pytest.raises(InputError, match="--d-model 64: the checkpoint's model has 32"):
         train_arc.main([*words, "--d-model", "64"])
-    with pytest.raises(InputError, match="expected one of them"):
+    with pytest.raises(InputError, match="not allowed with argument"):
         train_arc.main([*words, "--resume", str(learnt[1])])
     with pytest.raises(InputError, match="trained on task 0d3d703e, perhaps on its tests"):
         train_arc.main([*words, "--data", str(learnt[0])])
@@ -1174,9 +1169,9 @@ def test_a_checkpoint_that_is_none_is_refused_and_not_executed(learnt, tmp_path)
         def __reduce__(self):
             return Path.touch, (tmp_path / "executed",)
     whole = torch.load(learnt[1] / "checkpoint.pt", weights_only=True)
-    for content, fault in (whole | {"model": Evil()}, "Weights only"), ({"model": {}}, "something is missing"):
+    for content, fault in (whole | {"model": Evil()}, "Weights only"), ({"model": {}}, "KeyError: 'shape'"):
         torch.save(content, tmp_path / "checkpoint.pt")
-        with pytest.raises(InputError, match=f"checkpoint.pt: not a checkpoint of this program: {fault}"):
+        with pytest.raises(InputError, match=f"checkpoint.pt: .*{fault}.*; expected the checkpoint of a run"):
             resume(tmp_path)
     assert not (tmp_path / "executed").exists()
 
@@ -1199,13 +1194,11 @@ def test_the_presets_reach_the_flags_and_a_flag_wins(monkeypatch):
     ("--dense --no-ffn", "--dense --no-ffn"), ("--moie-norm --no-ffn", "--moie-norm: needs"),
     ("--dense --tied-gate", "--tied-gate: needs SPLs"),
     ("--resume nowhere", "nowhere"), ("--data nowhere", "nowhere"),
-    ("--compare nowhere", "nowhere: not a finished run"), ("--data ARC1 --extra nowhere", "nowhere: no tasks"),
-    ("--data ARC1 --max-tokens 5", "no pair of at most 5 tokens")])
+    ("--compare nowhere", "nowhere: not a finished run")])
 def test_bad_flags_are_named_in_one_line_and_nothing_is_written(tmp_path, monkeypatch, words, fault):
     monkeypatch.chdir(tmp_path)
-    words = [str(ARC1) if word == "ARC1" else word for word in words.split()]       # whose path may have spaces
     with pytest.raises(InputError, match=re.escape(fault)) as e:
-        train_arc.main(["--device", "cpu", "--steps", "1", "--no-compile", "--no-score", *words])
+        train_arc.main(["--device", "cpu", "--steps", "1", "--no-compile", "--no-score", *words.split()])
     assert "\n" not in str(e.value) and not list(tmp_path.iterdir())
 
 
@@ -1330,16 +1323,6 @@ def test_each_concept_file_runs_alone_with_the_files_that_it_names(learnt, tmp_p
     assert len(output.splitlines()) > 3 and all(str(word) in output for word in words)
 
 
-def commands(text, folder):
-    """The commands of a Markdown file's shell blocks, as lists of words, loops unrolled: bash itself reads them,
-    finds no program, and hands each command to a function that writes it down."""
-    record = "function . { :; }\nPATH=/nowhere\n" + (
-        "command_not_found_handle() { printf '%s\\0' \"$@\" $'\\n' >> record; }\n")
-    for block in re.findall(r"```(?:sh|bash)\n(.*?)```", text, re.S):
-        subprocess.run(["bash", "-c", record + block], cwd=folder, capture_output=True)
-    return [line.split("\0")[:-1] for line in (folder / "record").read_text().split("\n\0")[:-1]]
-
-
 def test_the_readmes_example_runs_as_it_stands_and_its_optimizers_train_the_layer():
     block, = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
     exec(block, scope := {})
@@ -1383,8 +1366,9 @@ def test_the_verdicts_intervals_are_what_the_logs_give(folder, first, arm, loss,
     assert loss[1:] in (HERE / "README.md").read_text() or arm == "moie-f2"      # that one is in the details alone
 
 
-def test_the_commands_of_the_readmes_parse_and_name_files_that_exist(tmp_path):
-    found = commands((HERE / "README.md").read_text() + (HERE / "results/README.md").read_text(), tmp_path)
+def test_the_commands_of_the_readme_parse_and_name_files_that_exist():
+    block, = re.findall(r"```sh\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    found = [shlex.split(line, comments=True) for line in block.splitlines()]
     assert ["pytest", "-q", "test_all.py"] in found and "pytest -q test_all.py" in (HERE / ".ci/run").read_text()
     assert any("train_arc.py" in words for words in found)
     for words in found:

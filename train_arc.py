@@ -21,7 +21,6 @@ import itertools
 import json
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -39,14 +38,10 @@ import torch.distributed.nn     # its functions keep the process group that exis
 from torch import nn
 from tqdm import tqdm
 
-from model import (INVERSE, MAX_OUTPUT, MAX_SIDE, N_VIEW, N_VOCAB, Config, Transformer, collate, decode_grid,
-                   encode_grid, encode_views, evaluate, load_checkpoint, pair_tokens, pi_score, sample_losses,
-                   task_loss, train_routing, view_grid)
+from model import (INVERSE, MAX_OUTPUT, MAX_SIDE, N_VIEW, N_VOCAB, Config, InputError, Transformer, collate,
+                   decode_grid, encode_grid, encode_views, evaluate, load_checkpoint, pair_tokens, pi_score,
+                   sample_losses, task_loss, train_routing, view_grid)
 from spl import Muon, can_compile, orthogonalize
-
-
-class InputError(ValueError):
-    """Bad input. Its text is one line that names the file, the task and the fault."""
 
 
 def refuse(fault):
@@ -216,8 +211,11 @@ def read_extra(path):
     with tempfile.TemporaryDirectory() as unpacked:
         folder = Path(path)
         if zipfile.is_zipfile(path):
-            shutil.unpack_archive(path, unpacked, "zip")
             folder = Path(unpacked)
+            try:
+                zipfile.ZipFile(path).extractall(folder)
+            except (zipfile.BadZipFile, RuntimeError) as fault:         # RuntimeError: it is encrypted
+                refuse(f"--extra {path}: {fault}")
         generated = {file.stem: read_pairs(file) for file in sorted(folder.rglob("tasks/[!.]*.json"))}
         tasks = {}
         for split in () if generated else SPLITS:
@@ -441,6 +439,7 @@ CUDA = dict(
 # The same for the dense control, whose rates have been searched for by themselves.
 CPU_DENSE = CPU | dict(ffn_factor=4, tied_gate=False, lr=2.5e-3, muon_lr=2.5e-3)
 CUDA_DENSE = CUDA | dict(ffn_factor=4, lr=1e-3, muon_lr=1e-3)
+PRESETS = {("cpu", False): CPU, ("cpu", True): CPU_DENSE, ("cuda", False): CUDA, ("cuda", True): CUDA_DENSE}
 # The least value of each number; none may reach a billion.
 LEAST = dict(ffn_factor=0, d_model=2, n_head=1, n_layer=1, dropout=0, repeat=1, colour_votes=1, show=0,
              seed=0, minutes=0.01, steps=0, max_tokens=5, batch_tokens=5, lr=1e-7, muon_lr=0, generated=0)
@@ -453,9 +452,10 @@ def flag_parser():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error, add, switch = refuse, parser.add_argument, argparse.BooleanOptionalAction
-    add("--resume", metavar="DIR", help="go on with the run in DIR, under its flags; one given anew counts")
-    add("--eval", metavar="DIR", help="answer and score with that run's checkpoint, under its flags likewise")
-    add("--init", metavar="DIR", help="begin with the weights of that run, for tasks that it has not seen")
+    begin = parser.add_mutually_exclusive_group().add_argument
+    begin("--resume", metavar="DIR", help="go on with the run in DIR, under its flags; one given anew counts")
+    begin("--eval", metavar="DIR", help="answer and score with that run's checkpoint, under its flags likewise")
+    begin("--init", metavar="DIR", help="begin with the weights of that run, for tasks that it has not seen")
     add("--compare", metavar="DIR", nargs="+", help="print a table of finished runs")
     # model
     add("--ffn-factor", type=int, default=1, help="hidden width of the FFN over D; 4 under --dense")
@@ -499,16 +499,13 @@ def flag_parser():
 def parse(argv, saved={}):
     """The flags' values: given in `argv`, or else `saved` by an earlier run, or else what suits the device."""
     parser, world = flag_parser(), int(os.environ.get("WORLD_SIZE", 1))
-    parser.set_defaults(**saved | {"minutes": None, "steps": None})
-    first = parser.parse_args(argv)                                 # other defaults depend on some of these
-    if first.dense:
-        preset = CUDA_DENSE if first.device == "cuda" else CPU_DENSE
-    else:
-        preset = CUDA if first.device == "cuda" else CPU
-    if first.minutes and first.steps is None:
-        saved = saved | {"steps": 0}                                # the budget is another one now
-    parser.set_defaults(**{"steps": 0} | preset | saved)
-    c = parser.parse_args(argv)
+    default = vars(parser.parse_args([]))
+    parser.set_defaults(**dict.fromkeys(default))                   # None: so that what argv gives stands out
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    if "minutes" in given:
+        given = {"steps": 0} | given                                # a new budget takes the place of saved steps
+    which = default | saved | given
+    c = argparse.Namespace(**default | PRESETS[which["device"], which["dense"]] | saved | given)
     for name, least in LEAST.items():
         if not least <= getattr(c, name) < 1e9:                     # nan is refused as well
             refuse(f"--{name.replace('_', '-')} {getattr(c, name)}: expected {least} or more, below 1e9")
@@ -723,13 +720,14 @@ def compare(folders):
             run = read_json(folder / "config.json") | read_json(folder / "result.json")
             log = np.genfromtxt(folder / "log.csv", delimiter=",", names=True, ndmin=1)
             run["looks"] = log[np.isfinite(log["heldout_loss"])]
-        except (OSError, ValueError) as fault:
+            seed, _ = run["seed"], run["looks"][-1]                # both must be there
+        except (OSError, ValueError, LookupError) as fault:
             refuse(f"{folder}: not a finished run with held-out pairs: {fault}")
         run["training loss"] = log["loss"][-math.ceil(len(log) / 10):].mean()          # over the last tenth
         runs = arms.setdefault(folder.name.split("-seed")[0], {})
-        if run["seed"] in runs:
-            refuse(f"{folder}: a second run of this arm with seed {run['seed']}; expected one")
-        runs[run["seed"]] = run
+        if seed in runs:
+            refuse(f"{folder}: a second run of this arm with seed {seed}; expected one")
+        runs[seed] = run
     every_run = [run for runs in arms.values() for run in runs.values()]
     seconds = min(run["looks"]["seconds"][-1] for run in every_run)
     target = max(run["looks"]["heldout_loss"][-1] for run in every_run)     # every run reaches it
@@ -801,15 +799,10 @@ def make_folder(c, argv, flags):
 
 def read_start(given):
     """(the checkpoint of the run that --resume, --eval or --init names, or None; the flags' values that come with it)."""
-    files = [given[name] for name in ("eval", "init", "resume") if given.get(name)]
-    if not files:
+    run = given.get("resume") or given.get("eval") or given.get("init")
+    if not run:
         return None, {}
-    if len(files) > 1:
-        refuse("--eval, --init, --resume: expected one of them, at most")
-    try:
-        start = load_checkpoint(files[0])
-    except ValueError as fault:
-        refuse(fault)
+    start = load_checkpoint(run)
     if given.get("init"):
         return start, {name: start["shape"].get(name, False) for name in SHAPE} | {"extra": []}
     saved = start["flags"] | {"out": None, "init": None}
