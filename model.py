@@ -355,7 +355,7 @@ def evaluate(model, batches):
                     sums[f"{kind} {name}"] += (share * real).sum()
                     sums[kind] += (share * real).sum() / len(seen)
     model.train(training)
-    per = {"loss": "scored", "entropy": "scored", "tokens": "scored", "grids": "rows"}
+    per = {"loss": "scored", "entropy": "scored", "tokens": "scored", "grids": "rows"}      # the others: "real"
     return {name: float(total / n[per.get(name, "real")]) for name, total in sums.items()}
 
 

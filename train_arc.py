@@ -200,7 +200,8 @@ def batches(pairs, c, world=1):
             samples.append(sample._replace(tokens=table[sample.tokens]))
         parts = split_by_budget([len(sample.tokens) for sample in samples], c.batch_tokens)
         if len(parts) > 1 and len(parts[-1]) < max(2, world):       # every process needs a sample, and a
-            parts[-2:] = [parts[-2] + parts[-1]]                    # lone one would be compiled apart
+            rest = parts.pop()                                      # lone one would be compiled apart
+            parts[-1] += rest
         for n in rng.permutation(len(parts)):
             yield epoch, [samples[i] for i in parts[n]]
 
@@ -249,17 +250,20 @@ def load_data(c):
     epoch, the others' in every c.repeat-th: so no batch has one pair several times.
     """
     asked, training = read_asked(c), read_tasks(c.data, "training", solved=True)
+    asked_inputs = {key(x) for task in asked.values() for x, _ in task.test}
     extras = [(path, *read_extra(path)) for path in c.extra]
-    more = {name: task.test for name, task in without_leaks(training, asked).items()}   # beside its demos
+
+    # The pairs of each task beside its demonstrations: its own tests, unless held out, and generated ones.
+    more = {name: task.test for name, task in without_leaks(training, asked).items()}
     chosen = sorted(more) if c.heldout else []
     if any(generated for _, _, generated in extras):
         chosen = chosen[1::2]
-    held = {name: more.pop(name) for name in chosen}                                    # their tests
-    own = set(more)                             # of the training split: generated pairs are for these
-    often, tasks = asked | {name: training[name] for name in held}, training | asked
+    heldout_tests = {name: more.pop(name) for name in chosen}
+    may_generate = set(more)
+    every_epoch, tasks = asked | {name: training[name] for name in chosen}, training | asked
     for path, found, generated in extras:
-        new = {name: task for name, task in without_leaks(found, often).items() if name not in tasks}
-        known = own & generated.keys()
+        new = {name: task for name, task in without_leaks(found, every_epoch).items() if name not in tasks}
+        known = may_generate & generated.keys()
         print(f"{path}: {len(new)} new tasks of {len(found)}, generated pairs for {len(known)} tasks of "
               f"{len(generated)}; the others are dropped")
         tasks |= new
@@ -267,15 +271,14 @@ def load_data(c):
         more |= {name: more[name] + generated[name][:c.generated] for name in known}
 
     names, pairs, heldout = [], [], []
-    asked_inputs = {key(x) for task in asked.values() for x, _ in task.test}
     for name, task in tasks.items():
-        free, every, n = free_colours(task, c.permute_colours), 1 if name in often else c.repeat, len(names)
+        n, free, every = len(names), free_colours(task, c.permute_colours), 1 if name in every_epoch else c.repeat
         shown = [Pair(free, encode_views(n, x, y), every) for x, y in task.train + more.get(name, [])
                  if fits(x, y, c) and (name in asked or key(x) not in asked_inputs)]
         if shown:
             names.append(name)
             pairs += shown                      # held-out ones are unturned, and in true colours
-            heldout += [encode_views(n, x, y)[0] for x, y in held.get(name, []) if fits(x, y, c)]
+            heldout += [encode_views(n, x, y)[0] for x, y in heldout_tests.get(name, []) if fits(x, y, c)]
     if not any(pair.every == 1 for pair in pairs):
         refuse(f"--data {c.data}: no pair of at most {c.max_tokens} tokens; raise --max-tokens")
     return names, pairs, heldout
@@ -284,7 +287,6 @@ def load_data(c):
 # ------------------------------------------------------------------------------------------ answers
 RANK_TOKENS = 2**16                         # tokens of a ranking batch
 NO_ANSWER = [[0]]                           # stands in a submission where there is none
-ONE_CELL = np.zeros((1, 1), dtype=np.uint8)             # the shortest output
 
 
 def decode_tokens(model):
@@ -391,9 +393,12 @@ def solve(c, model, names, rank=0, world=1):
     """Answers the test inputs of c.split, writes submission.json, scores it -> what result.json says of it."""
     model.eval()
     tasks, questions = read_asked(c), {}
+    shortest = np.zeros((1, 1))                             # output
     for n, name in enumerate(names):
-        for i, (x, _) in enumerate(tasks[name].test) if name in tasks else ():
-            if pair_tokens(x, ONE_CELL) <= c.max_tokens:
+        if name not in tasks:
+            continue
+        for i, (x, _) in enumerate(tasks[name].test):
+            if pair_tokens(x, shortest) <= c.max_tokens:
                 questions[name, i] = Pair(free_colours(tasks[name], c.permute_colours), encode_views(n, x))
     mine = dict(list(questions.items())[rank::world])
     with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
@@ -560,6 +565,11 @@ def save(path, value):
         temporary.unlink(missing_ok=True)
 
 
+def save_checkpoint(c, model, optimizers, state):
+    tensors = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
+    save(Path(c.out, "checkpoint.pt"), state | tensors)
+
+
 # ------------------------------------------------------------------------------------------ training
 LOG_EVERY, SAVE_MINUTES = 50, 5.0           # steps; minutes
 HELDOUT_EVERY = 0.04                        # share of the budget between two looks at the held-out pairs
@@ -619,16 +629,16 @@ def train(c, model, optimizers, pairs, heldout, state, stop, rank, world):
     """Trains until the budget is used or a signal is in `stop` -> whether it was the budget. `state`, as
     save_checkpoint saves it, is kept up to date: step, seconds of training, log. In this the columns of a look at
     the model begin with "heldout" or, where no pairs are held out, with "trained", of one batch."""
-    kind, shown = ("heldout", heldout) if heldout else ("trained", next(batches(pairs, c))[1])
-    parts = split_by_budget([len(sample.tokens) for sample in shown], c.batch_tokens)
-    monitored = [collate([shown[i] for i in part], c.device) for part in parts]
+    kind, samples = ("heldout", heldout) if heldout else ("trained", next(batches(pairs, c))[1])
+    parts = split_by_budget([len(sample.tokens) for sample in samples], c.batch_tokens)
+    monitored = [collate([samples[i] for i in part], c.device) for part in parts]
     net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     routing = set(model.routing_weights()) if c.sars else set()     # these learn from a loss of their own
     others = [p for p in model.parameters() if p not in routing]
     used, stopped = progress(c, state, stop, world)
     bar = tqdm(total=100, initial=int(100 * used), bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}",
                ascii=True, dynamic_ncols=True, disable=rank > 0)
-    next_look, found, tokens, since, saved_at = used, {}, 0, state["seconds"], state["seconds"]
+    next_look, look, tokens, since, saved_at = used, {}, 0, state["seconds"], state["seconds"]
     begin = time.perf_counter() - state["seconds"]                  # pauses, and runs before, left out
     for epoch, batch in itertools.islice(batches(pairs, c, world), state["step"], None):
         if used >= 1 or stopped:
@@ -673,9 +683,9 @@ def train(c, model, optimizers, pairs, heldout, state, stop, rank, world):
         if c.sars:
             row["route_loss"] = route_loss.item()
         if rank == 0 and (last or used >= next_look):
-            found = evaluate(model, monitored)
-            row |= {f"{kind}_{name}": value for name, value in found.items()}
-            row["pi"] = pi_score(found["loss"], found["entropy"], row["grad_norm"])
+            look = evaluate(model, monitored)
+            row |= {f"{kind}_{name}": value for name, value in look.items()}
+            row["pi"] = pi_score(look["loss"], look["entropy"], row["grad_norm"])
             next_look = used + HELDOUT_EVERY
         state["log"].append(row)
         if rank == 0:
@@ -685,15 +695,15 @@ def train(c, model, optimizers, pairs, heldout, state, stop, rank, world):
                 saved_at = state["seconds"]
         mfu = model.mfu(speed / world, targets.shape[1])
         share = f", MFU {mfu:.0%}" if mfu else ""
-        look = f", {kind} {found['loss']:.3f}" if found else ""
-        bar.set_postfix_str(f"loss {row['loss']:.3f}{look}, {speed:.0f} tok/s{share}", refresh=False)
+        seen_loss = f", {kind} {look['loss']:.3f}" if look else ""
+        bar.set_postfix_str(f"loss {row['loss']:.3f}{seen_loss}, {speed:.0f} tok/s{share}", refresh=False)
         bar.update(int(100 * min(1, used)) - bar.n)
         tokens, since = 0, state["seconds"]
         begin = time.perf_counter() - since                         # neither looking nor saving is training
     bar.close()
-    if found:
+    if look:
         print("{} {} pairs: loss {loss:.4f}, {tokens:.1%} of tokens, {grids:.1%} of grids".format(
-            len(shown), kind, **found))
+            len(samples), kind, **look))
     return not stopped
 
 
@@ -759,11 +769,6 @@ def compare(folders):
 
 
 # ------------------------------------------------------------------------------------------ main
-def save_checkpoint(c, model, optimizers, state):
-    tensors = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
-    save(Path(c.out, "checkpoint.pt"), state | tensors)
-
-
 def set_up(c):
     """The machine, the seed, and (rank, number) of this process among those that torchrun started."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -829,8 +834,8 @@ def main(argv):
         refuse(f"--init {c.init}: trained on task {min(known)}, perhaps on its tests; expected new tasks alone")
     if not c.eval and sum(pair.every == 1 for pair in pairs) < world:
         refuse(f"--data {c.data}: fewer pairs in an epoch than the {world} processes")
-    shown = (b"%d " % pair.every + pair.views[0].tokens.tobytes() for pair in pairs)
-    digest = hashlib.sha256(b"".join(shown)).hexdigest()
+    content = b"".join(b"%d " % pair.every + pair.views[0].tokens.tobytes() for pair in pairs)
+    digest = hashlib.sha256(content).hexdigest()
     shape = state["shape"] if state else {"n_task": len(names)} | {name: vars(c)[name] for name in SHAPE}
     model = Transformer(Config(**shape, dropout=c.dropout, dtype=c.dtype)).to(c.device)
     compiled = c.compile and not c.eval and can_compile(c.device)
