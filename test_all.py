@@ -1095,9 +1095,8 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path):
     data, out, words = one_task_set(tmp_path / "data"), tmp_path / "killed", ["--no-score", "--steps", "150"]
     code = "import sys, train_arc; train_arc.SAVE_MINUTES, train_arc.LOG_EVERY = 0, 2; train_arc.main(sys.argv[1:])"
     run = script(*SMALL, *words, "--data", data, "--out", out, launcher=(sys.executable, "-c", code), cwd=HERE)
-    while run.poll() is None and not (out / "log.csv").exists():
+    while run.poll() is None and not ((out / "checkpoint.pt").exists() and saved_step(out)):
         time.sleep(0.01)
-    time.sleep(0.2)
     run.kill()
     assert run.wait() == -signal.SIGKILL and 0 < saved_step(out) < 150
     assert equal(resume(out), train(data, tmp_path / "whole", *words))
