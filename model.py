@@ -369,7 +369,7 @@ def load_checkpoint(run):
         return state
     except Exception as fault:              # over a broken file torch.load raises errors of many kinds
         reason = str(fault).partition(". ")[0][:200]
-        raise InputError(f"{file}: {type(fault).__name__}: {reason}; expected the checkpoint of a run") from None
+        raise InputError(f"{file}: {type(fault).__name__}: {reason}; expected the folder of a run") from None
 
 
 # ------------------------------------------------------------------------------------------ demos

@@ -102,7 +102,8 @@ class SparseProtoLinear(nn.Module):
         return routing_mask(*F.linear(x, torch.cat(self.routing_maps())).split(self.out_features, dim=-1))
 
     def extra_repr(self):
-        return f"{self.in_features}, {self.out_features}, bias={self.mu_bias is not None}, tied_gate={self.gate_weight is None}"
+        bias, tied = self.mu_bias is not None, self.gate_weight is None
+        return f"{self.in_features}, {self.out_features}, bias={bias}, tied_gate={tied}"
 
 
 # ---- SARS (Surprise-Aware Routing Shaping): routing learns to fire the neurons that are worth it ----

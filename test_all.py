@@ -1170,7 +1170,7 @@ def test_a_checkpoint_that_is_none_is_refused_and_not_executed(learnt, tmp_path)
     whole = torch.load(learnt[1] / "checkpoint.pt", weights_only=True)
     for content, fault in (whole | {"model": Evil()}, "Weights only"), ({"model": {}}, "KeyError: 'shape'"):
         torch.save(content, tmp_path / "checkpoint.pt")
-        with pytest.raises(InputError, match=f"checkpoint.pt: .*{fault}.*; expected the checkpoint of a run"):
+        with pytest.raises(InputError, match=f"checkpoint.pt: .*{fault}.*; expected the folder of a run"):
             resume(tmp_path)
     assert not (tmp_path / "executed").exists()
 

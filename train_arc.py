@@ -803,33 +803,33 @@ def make_folder(c, argv, flags):
 
 
 def read_start(given):
-    """(the checkpoint of the run that --resume, --eval or --init names, or None; the flags' values that come with it)."""
+    """(checkpoint of the run that --resume, --eval or --init names, or None; the flags' values that it brings)."""
     run = given.get("resume") or given.get("eval") or given.get("init")
     if not run:
         return None, {}
-    start = load_checkpoint(run)
+    checkpoint = load_checkpoint(run)
     if given.get("init"):
-        return start, {name: start["shape"].get(name, False) for name in SHAPE} | {"extra": []}
-    saved = start["flags"] | {"out": None, "init": None}
+        return checkpoint, {name: checkpoint["shape"].get(name, False) for name in SHAPE} | {"extra": []}
+    saved = checkpoint["flags"] | {"out": None, "init": None}
     if given.get("eval"):
         saved["device"] = DEVICES[0]                    # trained on another, perhaps
-    return start, saved
+    return checkpoint, saved
 
 
 def main(argv):
     given = vars(flag_parser().parse_args(argv))
     if given["compare"]:
         return compare(given["compare"])
-    start, saved = read_start(given)                    # the checkpoint that is named, if any, and its flags
+    checkpoint, saved = read_start(given)               # the one that is named, if any, and its flags
     c = parse(argv, saved)
     rank, world = set_up(c)
-    state = None if c.init else start                   # of this run, if it has begun
+    state = None if c.init else checkpoint              # of this run, if it has begun
 
     # the data, and the model of the checkpoint or a new one
     names, pairs, heldout = (state["names"], [], []) if c.eval else load_data(c)
     if c.eval and not set(names) & read_asked(c).keys():
         refuse(f"--data {c.data}: no task that the model was trained on; --init answers new ones")
-    known = set(names) & set(start["names"]) if c.init else None
+    known = set(names) & set(checkpoint["names"]) if c.init else None
     if known:
         refuse(f"--init {c.init}: trained on task {min(known)}, perhaps on its tests; expected new tasks alone")
     if not c.eval and sum(pair.every == 1 for pair in pairs) < world:
@@ -840,9 +840,9 @@ def main(argv):
     model = Transformer(Config(**shape, dropout=c.dropout, dtype=c.dtype)).to(c.device)
     compiled = c.compile and not c.eval and can_compile(c.device)
     optimizers = make_optimizers(c, model, compiled)
-    if start:
+    if checkpoint:
         new = {"task.weight": model.task.weight} if c.init else {}      # its tasks are others
-        model.load_state_dict(start["model"] | new)
+        model.load_state_dict(checkpoint["model"] | new)
     if c.resume:
         if (state["names"], state["pairs"]) != (names, digest):
             refuse(f"{c.data} {' '.join(c.extra)}: other pairs than those that the run was trained on")
