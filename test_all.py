@@ -808,7 +808,7 @@ class Echo(Transformer):
 
 
 def questions_of(*grids, free=range(1, 10)):
-    return {n: Pair([*free], encode_views(n, np.array(x))) for n, x in enumerate(grids)}
+    return {n: train_arc.Question([*free], encode_views(n, np.array(x))) for n, x in enumerate(grids)}
 
 
 @pytest.mark.parametrize("free, tables, most", [(range(1, 10), 3, 48), (range(1, 10), 3, 5), ((), 1, 1)])

@@ -287,6 +287,8 @@ def load_data(c):
 # ------------------------------------------------------------------------------------------ answers
 RANK_TOKENS = 2**16                         # tokens of a ranking batch
 NO_ANSWER = [[0]]                           # stands in a submission where there is none
+# What a test input asks: the colours that may be permuted, and the prompt in each of the 8 views
+Question = namedtuple("Question", "free prompts")
 
 
 def decode_tokens(model):
@@ -300,19 +302,19 @@ def decode_tokens(model):
 
 
 def propose(model, questions, c, rank):
-    """{question: Pair of prompts} -> {question: [output, ...]}: greedy, in 8 views times c.colour_votes
-    colour tables, turned and coloured back, no two alike. The first table changes nothing."""
+    """{(task id, number of the test): Question} -> {the same: [output, ...]}: greedy, in 8 views times
+    c.colour_votes colour tables, turned and coloured back, no two alike. The first table changes nothing."""
     device, jobs = model.head.weight.device, []
-    for question, pair in questions.items():
+    for test, question in questions.items():
         rng = np.random.default_rng(c.seed)                         # anew: no question depends on another
         # Vote 0 keeps the colours; a task without colours to permute has that one alone.
-        for vote in range(c.colour_votes if pair.free else 1):
-            table = colour_table(pair.free if vote else [], rng)
-            jobs += [(question, table, prompt._replace(tokens=table[prompt.tokens])) for prompt in pair.views]
+        for vote in range(c.colour_votes if question.free else 1):
+            table = colour_table(question.free if vote else [], rng)
+            jobs += [(test, table, prompt._replace(tokens=table[prompt.tokens])) for prompt in question.prompts]
     # A batch is as wide as its longest prompt and the longest output: prompts of similar lengths go together.
     bounds = [prompt.n_prompt + min(MAX_OUTPUT, c.max_tokens) for _, _, prompt in jobs]
     parts = split_by_budget(bounds, decode_tokens(model))
-    proposed = {question: [] for question in questions}
+    proposed = {test: [] for test in questions}
     bar = tqdm(total=len(jobs), desc="decode", unit="grid", ascii=True, dynamic_ncols=True, disable=rank > 0)
     while parts:
         part = parts.pop()                                          # the longest first
@@ -327,24 +329,24 @@ def propose(model, questions, c, rank):
             parts += [part[:len(part) // 2], part[len(part) // 2:]]
             continue
         for i, output in zip(part, outputs):
-            question, table, prompt = jobs[i]
+            test, table, prompt = jobs[i]
             # Cut to its own bound, an output does not depend on the prompts beside it.
             rows = decode_grid(np.argsort(table)[output[:c.max_tokens - prompt.n_prompt]])
             if rows is not None:
                 grid = view_grid(np.array(rows), INVERSE[prompt.view]).tolist()
-                if grid not in proposed[question]:
-                    proposed[question].append(grid)
+                if grid not in proposed[test]:
+                    proposed[test].append(grid)
         bar.update(len(part))
     bar.close()
     return proposed
 
 
 def rank_outputs(model, questions, proposed, rank):
-    """`proposed`, each question's likeliest output first: by log-probability, the mean over the 8 views."""
+    """`proposed`, the likeliest output of each test first: by log-probability, the mean over the 8 views."""
     ranked = {}
-    for question, grids in tqdm(proposed.items(), "rank", ascii=True, dynamic_ncols=True, disable=rank > 0):
+    for test, grids in tqdm(proposed.items(), "rank", ascii=True, dynamic_ncols=True, disable=rank > 0):
         samples = []
-        for grid, prompt in itertools.product(grids, questions[question].views):
+        for grid, prompt in itertools.product(grids, questions[test].prompts):
             answer = encode_grid(view_grid(np.array(grid), prompt.view))
             samples.append(prompt._replace(tokens=np.append(prompt.tokens, answer)))
         loss = np.zeros(len(samples))
@@ -353,7 +355,7 @@ def rank_outputs(model, questions, proposed, rank):
             loss[part] = sample_losses(model, *batch).cpu()
         loss = loss.reshape(-1, N_VIEW).mean(1)                     # of each output, over its 8 views
         order = np.argsort(loss, kind="stable")
-        ranked[question] = [grids[i] for i in order]
+        ranked[test] = [grids[i] for i in order]
     return ranked
 
 
@@ -399,14 +401,14 @@ def solve(c, model, names, rank=0, world=1):
             continue
         for i, (x, _) in enumerate(tasks[name].test):
             if pair_tokens(x, shortest) <= c.max_tokens:
-                questions[name, i] = Pair(free_colours(tasks[name], c.permute_colours), encode_views(n, x))
+                questions[name, i] = Question(free_colours(tasks[name], c.permute_colours), encode_views(n, x))
     mine = dict(list(questions.items())[rank::world])
     with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
         answers = rank_outputs(model, mine, propose(model, mine, c, rank), rank)
     if world > 1:
         parts = [None] * world
         dist.all_gather_object(parts, answers)
-        answers = {question: grids for part in parts for question, grids in part.items()}
+        answers = {test: grids for part in parts for test, grids in part.items()}
     if rank > 0:
         return {}
     file, faults = Path(c.out, "submission.json"), []
@@ -501,16 +503,8 @@ def flag_parser():
     return parser
 
 
-def parse(argv, saved={}):
-    """The flags' values: given in `argv`, or else `saved` by an earlier run, or else what suits the device."""
-    parser, world = flag_parser(), int(os.environ.get("WORLD_SIZE", 1))
-    default = vars(parser.parse_args([]))
-    parser.set_defaults(**dict.fromkeys(default))                   # None: so that what argv gives stands out
-    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    if "minutes" in given:
-        given = {"steps": 0} | given                                # a new budget takes the place of saved steps
-    which = default | saved | given
-    c = argparse.Namespace(**default | PRESETS[which["device"], which["dense"]] | saved | given)
+def check(c, saved, world):
+    """Refuses flags that are out of range or do not go together."""
     for name, least in LEAST.items():
         if not least <= getattr(c, name) < 1e9:                     # nan is refused as well
             refuse(f"--{name.replace('_', '-')} {getattr(c, name)}: expected {least} or more, below 1e9")
@@ -537,6 +531,19 @@ def parse(argv, saved={}):
     for name in (*SHAPE, "sars"):
         if name in saved and getattr(c, name) != saved[name]:
             refuse(f"--{name.replace('_', '-')} {getattr(c, name)}: the checkpoint's model has {saved[name]}")
+
+
+def parse(argv, saved={}):
+    """The flags' values: given in `argv`, or else `saved` by an earlier run, or else what suits the device."""
+    parser, world = flag_parser(), int(os.environ.get("WORLD_SIZE", 1))
+    default = vars(parser.parse_args([]))
+    parser.set_defaults(**dict.fromkeys(default))                   # None: so that what argv gives stands out
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    if "minutes" in given:
+        given = {"steps": 0} | given                                # a new budget takes the place of saved steps
+    which = default | saved | given
+    c = argparse.Namespace(**default | PRESETS[which["device"], which["dense"]] | saved | given)
+    check(c, saved, world)
     c.arm = "dense" if c.dense else "ffn" if c.ffn_factor else "no-ffn"
     return c
 
