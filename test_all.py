@@ -1236,13 +1236,17 @@ def test_two_processes_train_as_one_on_the_same_global_batch(tmp_path):
 def test_the_process_group_takes_its_threads_with_it():
     """One still there when Python ends can abort the process, the finished run and all."""
     code = """if True:
-        import os, train_arc
+        import glob, time, train_arc
+        from pathlib import Path
         train_arc.dist.init_process_group("gloo", store=train_arc.dist.HashStore(), rank=0, world_size=1)
         train_arc.torch.compiler.set_stance("default")      # loads what would hold the group
-        tasks = "/proc/self/task"
-        threads = lambda: sum("gloo" in open(f"{tasks}/{t}/comm").read() for t in os.listdir(tasks))
+        names = lambda: [Path(comm).read_text() for comm in glob.glob("/proc/self/task/*/comm") if Path(comm).exists()]
+        threads = lambda: sum("gloo" in name for name in names())
         print(threads())
         train_arc.dist.destroy_process_group()
+        end = time.time() + 10
+        while threads() and time.time() < end:              # the system takes a moment to forget them
+            time.sleep(0.1)
         print(threads())"""
     before, after = subprocess.check_output([sys.executable, "-c", code], cwd=HERE, text=True).split()
     assert int(before) > 0 == int(after)

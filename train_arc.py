@@ -34,7 +34,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn     # its functions keep the process group that exists at import: none yet
+import torch.distributed.nn     # before there is a process group, which it would keep alive beyond its end
 from torch import nn
 from tqdm import tqdm
 
