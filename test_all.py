@@ -1290,7 +1290,7 @@ def test_the_comparison_prints_means_deviations_and_the_paired_difference(tmp_pa
     assert table["seconds"] == ("120 +- 0", "120 +- 0") and table["seconds to 0.700"][1] == "10 +- 0"
     assert table["steps to 0.700"] == ("2 +- 0", "1 +- 0")
     assert table["pass@2"][0] == "0.1 +- 0.1" and table["training loss"][0] == "1.8 +- 0.3"
-    gaps = [b for name, _, b in rows if name == "less a's, paired by seed, 95%"]
+    gaps = [b for name, _, b in rows if name == "minus a, paired by seed, 95%"]
     assert gaps == [f"-0.0500 +- {4.30 * 0.05 / math.sqrt(3):.4f}", "+0.0000 +- 0.0000",
                     f"-0.1500 +- {4.30 * 0.15 / math.sqrt(3):.4f}"]
     finished_run(tmp_path / "again" / "a-seed0", 0, [0.5])

@@ -772,7 +772,7 @@ def compare(folders):
             gaps.append([run[name] - other[name] for run, other in pairs if name in learned])
         print_row(name, cells)
         if name in learned:
-            print_row(f"less {first}'s, paired by seed, 95%", map(interval, gaps))
+            print_row(f"minus {first}, paired by seed, 95%", map(interval, gaps))
 
 
 # ------------------------------------------------------------------------------------------ main
