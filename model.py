@@ -14,6 +14,8 @@ Run       python model.py; python model.py RUN shows where a trained model of tr
 """
 
 import math
+import pickle
+import struct
 import sys
 from collections import Counter, namedtuple
 from contextlib import contextmanager
@@ -363,11 +365,13 @@ def load_checkpoint(run):
     """What a run of train_arc.py has saved in its folder, `run`; nothing that it holds is executed. InputError
     names the file and the fault."""
     file = Path(run, "checkpoint.pt")
+    parts = "flags", "shape", "names", "pairs", "step", "seconds", "log", "model", "optimizers"
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
         Config(**state["shape"])
-        return state
-    except Exception as fault:              # over a broken file torch.load raises errors of many kinds
+        return {part: state[part] for part in parts}
+    except (OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AttributeError,
+            pickle.UnpicklingError, struct.error) as fault:             # what torch.load raises over broken files
         reason = str(fault).partition(". ")[0][:200]
         raise InputError(f"{file}: {type(fault).__name__}: {reason}; expected the folder of a run") from None
 

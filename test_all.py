@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from argparse import Namespace
 from collections import Counter
 from pathlib import Path
@@ -632,6 +633,17 @@ def test_bad_sets_are_named(tmp_path, monkeypatch, files, words, fault):
         train_arc.load_data(flags("--data", tmp_path, *words))
 
 
+@pytest.mark.parametrize("kind, fault", [(zipfile.ZIP_STORED, "Bad CRC-32"), (zipfile.ZIP_DEFLATED, "decompressing")])
+def test_a_broken_zip_is_named(tmp_path, kind, fault):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", kind) as file:
+        file.writestr("tasks/t.json", 20 * TASK)
+    content = bytearray((tmp_path / "x.zip").read_bytes())
+    content[50:60] = 10 * b"x"                                          # in the packed text
+    (tmp_path / "x.zip").write_bytes(content)
+    with pytest.raises(InputError, match=f"x.zip: cannot be unpacked: .*{fault}"):
+        train_arc.read_extra(tmp_path / "x.zip")
+
+
 @pytest.mark.parametrize("github", [False, True])
 def test_outputs_that_are_asked_for_and_unused_files_are_not_opened(tmp_path, github):
     """A fault in them does not disturb loading, and is found as soon as they are read."""
@@ -1168,7 +1180,9 @@ def test_a_checkpoint_that_is_none_is_refused_and_not_executed(learnt, tmp_path)
         def __reduce__(self):
             return Path.touch, (tmp_path / "executed",)
     whole = torch.load(learnt[1] / "checkpoint.pt", weights_only=True)
-    for content, fault in (whole | {"model": Evil()}, "Weights only"), ({"model": {}}, "KeyError: 'shape'"):
+    lacking = {name: value for name, value in whole.items() if name != "flags"}
+    for content, fault in ((whole | {"model": Evil()}, "Weights only"), (lacking, "KeyError: 'flags'"),
+                           (whole | {"shape": {"depth": 1}}, "TypeError: .*'depth'")):
         torch.save(content, tmp_path / "checkpoint.pt")
         with pytest.raises(InputError, match=f"checkpoint.pt: .*{fault}.*; expected the folder of a run"):
             resume(tmp_path)
@@ -1298,6 +1312,10 @@ def test_the_comparison_prints_means_deviations_and_the_paired_difference(tmp_pa
     log = tmp_path / "short-seed0" / "log.csv"
     log.write_text("\n".join(log.read_text().split("\n")[:2]))             # a run so short that it has one line
     train_arc.main(["--compare", str(tmp_path / "short-seed0")])
+    config = tmp_path / "short-seed0" / "config.json"
+    config.write_text(config.read_text().replace('"seed"', '"other"'))
+    with pytest.raises(InputError, match="short-seed0: not a finished run with held-out pairs: 'seed'"):
+        train_arc.main(["--compare", str(tmp_path / "short-seed0")])
     with pytest.raises(InputError, match="again.*a second run of this arm with seed 0"):
         train_arc.main(["--compare", str(tmp_path / "a-seed0"), str(tmp_path / "again" / "a-seed0")])
 

@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 import zipfile
+import zlib
 from collections import namedtuple
 from contextlib import nullcontext
 from pathlib import Path
@@ -215,8 +216,8 @@ def read_extra(path):
             folder = Path(unpacked)
             try:
                 zipfile.ZipFile(path).extractall(folder)
-            except (zipfile.BadZipFile, RuntimeError) as fault:         # RuntimeError: it is encrypted
-                refuse(f"--extra {path}: {fault}")
+            except (zipfile.BadZipFile, zlib.error, ValueError, RuntimeError) as fault:     # broken, or encrypted
+                refuse(f"--extra {path}: cannot be unpacked: {fault}")
         generated = {file.stem: read_pairs(file) for file in sorted(folder.rglob("tasks/[!.]*.json"))}
         tasks = {}
         for split in () if generated else SPLITS:
