@@ -34,7 +34,7 @@ from dynsiha import DynSIHA, double_attention, rotary, rotate
 from model import (END, IGNORE, INVERSE, NL, SEP, START, Config, Transformer, advance, collate, decode_grid,
                    encode_grid, encode_prompt, encode_views, evaluate, pair_tokens, pi_score, positions,
                    sample_losses, task_loss, unpadded, view_grid)
-from spl import (Muon, SparseProtoLinear, can_compile, mas_normalize, orthogonalize, routing_loss,
+from spl import (Muon, SparseProtoLinear, can_compile, mas_normalize, mas_reference, orthogonalize, routing_loss,
                  spl_reference)
 from train_arc import InputError, Pair, Task, parse
 
@@ -156,11 +156,14 @@ def test_fused_spl_equals_the_literal_formula(shape, D_out, bias, tied):
     assert y.shape == shape[:-1] + (D_out,) and all(p.grad.isfinite().all() for p in layer.parameters())
 
 
-def test_mas_is_the_formula_ignores_scale_and_sends_a_gradient_through_the_maximum():
-    z = torch.tensor([[2., -4., 1.], [0.5, 0.25, 0.], [-3., -3., 1.]], dtype=torch.float64)
-    expected = torch.tensor([[0.5, 0, 0.25], [1, 0.5, 0], [0, 0, 1 / 3]], dtype=torch.float64)
-    torch.testing.assert_close((mas_normalize(z), mas_normalize(37.5 * z)), (expected, expected))
-    assert torch.autograd.gradcheck(mas_normalize, torch.randn(6, 5, dtype=torch.float64, requires_grad=True))
+def test_mas_ignores_scale_and_equals_the_formula_its_gradient_too():
+    z = torch.tensor([[2., 2., -2., 1.], [-3., -3., 1., 0.], [0.5, -1., 0.25, 0.]], requires_grad=True)
+    g = torch.randn(3, 4)
+    for mas in (mas_normalize, mas_reference):
+        assert mas(torch.tensor([2., -4., 1.])).tolist() == [0.5, 0, 0.25]
+    torch.testing.assert_close(mas_normalize(37.5 * z), mas_reference(z))
+    ours, theirs = (torch.autograd.grad(mas(z), z, g)[0] for mas in (mas_normalize, mas_reference))
+    torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -195,6 +198,19 @@ def test_an_spl_is_built_copied_and_exported_as_nn_linear_is():
     torch.testing.assert_close((copy.deepcopy(layer)(x), exported(x)), (layer(x), layer(x)))
     assert SparseProtoLinear(8, 4, device="meta")(x.to("meta").float()).shape == (2, 3, 4)
     assert SparseProtoLinear(8, 4, bias=False).mu_bias is None
+
+
+def test_an_spl_passes_gradcheck_twice_and_torch_func_differentiates_it_as_the_literal_formula():
+    layer, x = random_spl(4, 5), torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    params = dict(zip(("mu_weight", "mu_bias", "proto_weight", "gate_weight"), weights(layer)))
+
+    def fused(x, *values):
+        return torch.func.functional_call(layer, dict(zip(params, values)), (x,))
+    each = [torch.func.vmap(torch.func.jacrev(f, (0, 1, 2, 3, 4)), (0, None, None, None, None))(x, *weights(layer))
+            for f in (fused, lambda *values: spl_reference(*values)[0])]
+    torch.testing.assert_close(*each)
+    assert torch.autograd.gradcheck(fused, (x, *weights(layer)))
+    assert torch.autograd.gradgradcheck(fused, (x, *weights(layer)))
 
 
 def test_a_fresh_layer_fires_nearly_half_of_its_neurons_and_computes_at_twice_the_usual_scale():
