@@ -438,15 +438,14 @@ def solve(c, model, names, rank=0, world=1):
 # ------------------------------------------------------------------------------------------ flags
 DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
 CPU = dict(
-    d_model=128, n_head=2, n_layer=4, tied_gate=True, dropout=0.0, extra=[], repeat=16, minutes=10.0,
-    max_tokens=150, batch_tokens=1536, lr=2.5e-3, muon_lr=1e-2, dtype="float32")
+    d_model=128, n_head=2, n_layer=4, dropout=0.0, extra=[], repeat=16, minutes=10.0, max_tokens=150,
+    batch_tokens=1536, lr=2.5e-3, muon_lr=1e-2, dtype="float32")
 CUDA = dict(
-    d_model=768, n_head=12, n_layer=10, tied_gate=False, dropout=0.1, repeat=3,
-    extra=["data/arc-agi-2", "data/re-arc.zip"], minutes=20.0, max_tokens=1863, batch_tokens=2**15,
-    lr=4e-3, muon_lr=4e-3, dtype="bfloat16")
+    d_model=768, n_head=12, n_layer=10, dropout=0.1, extra=["data/arc-agi-2", "data/re-arc.zip"], repeat=3,
+    minutes=20.0, max_tokens=1863, batch_tokens=2**15, lr=4e-3, muon_lr=4e-3, dtype="bfloat16")
 # The same for the dense control, whose rates have been searched for by themselves.
 CPU_DENSE = CPU | dict(ffn_factor=4, tied_gate=False, lr=2.5e-3, muon_lr=2.5e-3)
-CUDA_DENSE = CUDA | dict(ffn_factor=4, lr=1e-3, muon_lr=1e-3)
+CUDA_DENSE = CUDA | dict(ffn_factor=4, tied_gate=False, lr=1e-3, muon_lr=1e-3)
 PRESETS = {("cpu", False): CPU, ("cpu", True): CPU_DENSE, ("cuda", False): CUDA, ("cuda", True): CUDA_DENSE}
 # The least value of each number; none may reach a billion.
 LEAST = dict(ffn_factor=0, d_model=2, n_head=1, n_layer=1, dropout=0, repeat=1, colour_votes=1, show=0,
@@ -469,7 +468,7 @@ def flag_parser():
     add("--ffn-factor", type=int, default=1, help="hidden width of the FFN over D; 4 under --dense")
     add("--no-ffn", dest="ffn_factor", action="store_const", const=0, help="leave it out, as --ffn-factor 0")
     add("--moie-norm", action="store_true", help="normalize the input of the FFN's second SPL")
-    add("--tied-gate", action=switch, help="W_g = -W_p in every SPL: two products, not three")
+    add("--tied-gate", action=switch, default=True, help="W_g = -W_p in every SPL: two products, not three")
     add("--dense", action="store_true", help="the control: nn.Linear attention and a GELU FFN")
     add("--d-model", type=int, help="width D")
     add("--n-head", type=int, help="heads H")
