@@ -1403,6 +1403,14 @@ def test_the_verdicts_intervals_are_what_the_logs_give(folder, first, arm, loss,
     assert loss[1:] in (HERE / "README.md").read_text() or arm == "moie-f2"      # that one is in the details alone
 
 
+def test_the_figure_that_chose_the_tied_gate_is_what_the_answers_give():
+    lines = (HERE / "results/recipe/h100-18min/readings.csv").read_text().splitlines()
+    rows = {name: np.array(values, dtype=float) for name, *values in (line.split(",") for line in lines)}
+    gaps = 100 * (rows["tied10 in two attempts"] - rows["base in two attempts"])
+    text = f"{gaps.mean():.1f} ± {1.96 * gaps.std(ddof=1) / len(gaps)**0.5:.1f}"
+    assert len(gaps) == 209 and all(text in (HERE / file).read_text() for file in ("README.md", "results/README.md"))
+
+
 def test_the_commands_of_the_readme_parse_and_name_files_that_exist():
     block, = re.findall(r"```sh\n(.*?)```", (HERE / "README.md").read_text(), re.S)
     found = [shlex.split(line, comments=True) for line in block.splitlines()]
