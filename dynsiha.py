@@ -9,7 +9,7 @@ W_mu the values. Then horizontally, token to tokens. Read as a Bayesian update: 
 sparse q, k, v the likelihood, the output the posterior.
 
 Symbols   B batch, T tokens, S slots of the cache that are read, D width, H heads, h = D/H, A position axes.
-Cost      4 SPLs: 12·D² multiply-adds per token, plus 2·T·D for the attention itself.
+Cost      4 SPLs: 12·D² multiply-adds per token, 8·D² with tied gates, plus 2·T·D for the attention itself.
 Source    DynSIHA is the attention of Tiny-ONN; rotary positions: Su et al. 2021, arXiv:2104.09864.
 Copy      this file and spl.py.
 Run       python dynsiha.py

@@ -149,7 +149,7 @@ class Config:
     n_head: int = 2         # H
     n_layer: int = 4        # L
     ffn_factor: int = 1     # hidden width of the FFN over D; 0 leaves the FFN out
-    dense: bool = False     # nn.Linear and GELU in place of SPLs; with ffn_factor 4, the control of equal size
+    dense: bool = False     # nn.Linear and GELU in place of SPLs; with ffn_factor 4, the control
     moie_norm: bool = False # an RMSNorm before the second SPL of the FFN
     tied_gate: bool = False # W_g = −W_p in every SPL, so that it has two matrices
     dropout: float = 0.0    # share of a branch's output, in training
