@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import zipfile
 from argparse import Namespace
 from collections import Counter
@@ -34,7 +33,7 @@ from dynsiha import DynSIHA, double_attention, rotary, rotate
 from model import (END, IGNORE, INVERSE, NL, SEP, START, Config, Transformer, advance, collate, decode_grid,
                    encode_grid, encode_prompt, encode_views, evaluate, pair_tokens, pi_score, positions,
                    sample_losses, task_loss, unpadded, view_grid)
-from spl import (Muon, SparseProtoLinear, can_compile, mas_normalize, mas_reference, orthogonalize, routing_loss,
+from spl import (Muon, SparseProtoLinear, mas_normalize, mas_reference, orthogonalize, routing_loss,
                  spl_reference)
 from train_arc import InputError, Pair, Task, parse
 
@@ -220,15 +219,6 @@ def test_a_fresh_layer_fires_nearly_half_of_its_neurons_and_computes_at_twice_th
     assert 1.9 < F.linear(x, layer.mu_weight, layer.mu_bias).std() < 2.1 and not layer.mu_bias.any()
 
 
-def test_every_row_of_every_matrix_of_a_fresh_model_learns_within_a_few_batches():
-    """One is not enough: a gate is heard only where its neuron fires and pays, or has the highest cost of all."""
-    model = small_model(n_task=400, d_model=32, n_layer=2)
-    for _ in range(10):
-        tokens, targets = torch.randint(14, (2, 40, 20))
-        task_loss(model, tokens, torch.randint(400, (40,)), torch.randint(8, (40,)), targets).backward()
-    assert all(p.grad.any(-1).all() for p in model.blocks.parameters())
-
-
 def test_the_routing_loss_equals_its_formula_and_reaches_proto_and_gate_alone():
     """Two tokens are padding and count in nothing, whatever stands there; one of the others fires no neuron."""
     layer, x, real = random_spl(4, 6), torch.randn(2, 5, 4, dtype=torch.float64), torch.ones(2, 5)
@@ -252,14 +242,6 @@ def test_the_routing_loss_equals_its_formula_and_reaches_proto_and_gate_alone():
     loss.backward()
     assert x.grad is layer.mu_weight.grad is layer.mu_bias.grad is None
     assert all(p.grad.any() and p.grad.isfinite().all() for p in (layer.proto_weight, layer.gate_weight))
-
-
-def test_a_compiler_that_does_not_work_is_noticed_and_said_in_one_line(monkeypatch, capsys):
-    def broken(f):
-        raise RuntimeError("the backend raised:\nno C++ compiler")
-    monkeypatch.setattr(torch, "compile", broken)
-    assert not can_compile("cpu")
-    assert capsys.readouterr().out.endswith("the backend raised: no C++ compiler\n")
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -350,20 +332,13 @@ def test_a_block_adds_attention_and_ffn_of_its_normalized_input(f, dense, norm):
     assert hasattr(block, "ffn") == hasattr(block, "ffn_norm") == (f > 0)
 
 
-def test_a_block_has_12_D2_weights_which_decay_as_the_dense_control_and_6_f_D2_more_with_an_ffn():
+def test_a_block_has_12_D2_weights_as_the_dense_control_and_6_f_D2_more_with_an_ffn():
     def matrices(*options):
         return sum(p.numel() for p in Block(*options).parameters() if p.ndim == 2) / options[0] ** 2
     assert matrices(16, 2) == matrices(48, 2, 4, True) == 12
     assert [matrices(16, 2, f) for f in (1, 2, 4)] == [18, 24, 36]
     model = Transformer(Config(n_task=1000, d_model=16, n_head=2, n_layer=3, ffn_factor=0))
     assert model.n_params() == 3 * (12 * 16 * 16 + 4 * 16 + 16) + 16 + 14 * 16         # biases and norms counted
-    for muon_lr, sizes in (0, [12, 0]), (1e-3, [8, 0, 4]):              # W_p and W_g by AdamW, W_mu by Muon
-        optimizers = train_arc.make_optimizers(Namespace(lr=1e-2, muon_lr=muon_lr), model, False)
-        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        assert [sum(p.numel() for p in group["params"] if p.ndim == 2 and len(p) == 16) for group in groups] == [
-            3 * 16 * 16 * size for size in sizes]
-        assert [group["weight_decay"] for group in groups] == [0.1, 0, 0.1][:len(groups)]
-        assert sum(p.numel() for group in groups for p in group["params"]) == sum(p.numel() for p in model.parameters())
 
 
 def test_dropout_cuts_both_branches_in_training_alone():
@@ -427,17 +402,17 @@ def test_the_model_is_the_sum_of_its_embeddings_then_blocks_norm_and_head():
 
 
 @pytest.mark.parametrize("options", [{"ffn_factor": 0}, {"ffn_factor": 1}, {"dense": True, "ffn_factor": 2}])
-def test_every_weight_learns_within_four_steps_and_the_dense_block_starts_as_the_identity(options):
-    model = Transformer(Config(n_task=3, d_model=16, n_head=2, n_layer=2, **options))
-    x, rope = torch.randn(2, 5, 16), rotary(line(2, 5), 8)
+def test_every_row_of_the_blocks_learns_within_twenty_steps_and_the_dense_block_starts_as_the_identity(options):
+    """One is not enough: a gate is heard only where its neuron fires and pays, or has the highest cost of all."""
+    model, task = Transformer(Config(n_task=40, d_model=32, n_head=2, n_layer=2, **options)), torch.arange(40)
+    x, rope = torch.randn(2, 5, 32), rotary(line(2, 5), 16)
     assert all(torch.equal(block(x, rope), x) == model.config.dense for block in model.blocks)
-    tokens, zero = torch.randint(14, (8, 30)), torch.zeros(8, dtype=torch.long)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
-    for _ in range(4):
-        optimizer.zero_grad()
-        task_loss(model, tokens, zero, zero, tokens).backward()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-5)
+    for _ in range(20):                                                 # gradients add up
+        tokens, targets = torch.randint(14, (2, 40, 20))
+        task_loss(model, tokens, task, task % 8, targets).backward()
         optimizer.step()
-    assert all(p.grad.any() for p in model.parameters())
+    assert all(p.grad.any(-1).all() for p in model.parameters())
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -608,15 +583,18 @@ def test_every_layout_reads_the_same(tmp_path):
         pairs = [[(x.tolist(), None if y is None else y.tolist()) for x, y in part] for part in task]
         assert (name, *pairs) == ("b", made(4, 5), made(6, 7) if solved else [(x, None) for x, _ in made(6, 7)])
     assert all(train_arc.read_tasks(folder, "training") == {} for folder in folders[2:])
+    for folder in (kaggle, github):                                 # in an archive, below a folder of its name
+        archive = shutil.make_archive(tmp_path / "x", "zip", tmp_path, folder.name)
+        assert list(train_arc.read_extra(archive)[0]) == ["a", "b"]
 
 
-def test_stray_files_are_skipped_and_links_and_upper_case_read_in_the_order_of_names(tmp_path):
+def test_hidden_files_are_skipped_and_the_others_read_in_the_order_of_names(tmp_path):
     """The order of the file system would make a copy of the data another run."""
     numbers = [str(n) for n in np.random.default_rng(0).permutation(range(10, 40))]
-    put("{}", tmp_path, "other/z.json", "data/B.JSON", "data/a.json", *(f"data/{n}/deep/{n}.json" for n in numbers))
-    put("no task", tmp_path / "data", "._x.json", "__MACOSX/x.json", "10/.ipynb_checkpoints/10.json", "notes.txt")
+    put("{}", tmp_path, "other/z.json", "data/a.json", *(f"data/{n}/deep/{n}.json" for n in numbers))
+    put("no task", tmp_path / "data", "._x.json", "__MACOSX/._x.json", "10/.ipynb_checkpoints/10.json", "notes.txt")
     (tmp_path / "data/link").symlink_to(tmp_path / "other")
-    assert list(train_arc.read_raw(tmp_path / "data", "evaluation")) == ["B", "a", *sorted(numbers), "z"]
+    assert list(train_arc.read_raw(tmp_path / "data", "evaluation")) == [*sorted(numbers), "a", "z"]
 
 
 @pytest.mark.parametrize("part, instead, fault", [
@@ -637,7 +615,7 @@ def test_bad_tasks_are_named_in_one_line(tmp_path, part, instead, fault):
 
 @pytest.mark.parametrize("files, words, fault", [
     ((), (), "--data .*: no arc-agi_evaluation_challenges.json and no task"),
-    (("t.json", "a/t.json"), (), "a/t.json: task t is in .*/t.json, too"),
+    (("t.json", "a/t.json"), (), "/t.json: task t is in .*/a/t.json, too"),
     (("data/training/t.json",), (), "its tasks are in .*/data; name that"),
     (("evaluation/t.json",), ("--max-tokens", 5), "no pair of at most 5 tokens; raise --max-tokens"),
     (("evaluation/t.json",), ("--extra", HERE / "data/none"), "--extra .*none: no tasks there"),
@@ -673,14 +651,15 @@ def test_outputs_that_are_asked_for_and_unused_files_are_not_opened(tmp_path, gi
 
 def test_nothing_to_train_on_is_an_evaluation_test_pair():
     """Though training/40853293 is evaluation/070dd51e under another id, and ARC-2 has 346 tasks that ARC-1 lacks."""
-    words = "--max-tokens", 1863, "--batch-tokens", 1863, "--extra", ARC2
+    words = "--max-tokens", 1863, "--batch-tokens", 1863, "--generated", 5, "--extra", ARC2, HERE / "data/re-arc.zip"
     names, pairs, _ = train_arc.load_data(flags("--data", ARC1, *words))
     evaluation = train_arc.read_tasks(ARC1, "evaluation", solved=True)
     trained = [(names[pair.views[0].task], *spelled(pair.views[0])) for pair in pairs]
     asked = [(x.tolist(), y.tolist()) for task in evaluation.values() for x, y in task.test]
-    assert len(names) == 800 + 346 and len(asked) == 419
+    assert len(names) == 800 + 346 and len(asked) == 419 and len(pairs) > 6500      # 399 tasks have generated ones
     assert not {str((x, y)) for _, x, y in trained} & {str(pair) for pair in asked}
     assert not {str(x) for name, x, _ in trained if name not in evaluation} & {str(x) for x, _ in asked}
+    assert Counter(name for name, _, _ in trained)["40853293"] <= 2                 # the twin has none
 
 
 def test_tasks_that_leak_an_asked_one_are_dropped(tmp_path):
@@ -741,15 +720,6 @@ def test_generated_pairs_reach_training_tasks_that_are_not_held_out_and_no_asked
     for order in (more, extra), (extra, more):          # a task that is an extra itself gets none, either way
         names, pairs, _ = train_arc.load_data(flags("--data", data, "--extra", *order))
         assert Counter(names[pair.views[0].task] for pair in pairs)["other"] == 2
-
-
-def test_the_shipped_pairs_are_read_and_the_twin_of_an_evaluation_task_gets_none():
-    generated = train_arc.read_extra(HERE / "data/re-arc.zip")[1]
-    assert len(generated) == 400 and {len(pairs) for pairs in generated.values()} == {60}
-    words = "--data", ARC1, "--extra", HERE / "data/re-arc.zip"
-    names, pairs, _ = train_arc.load_data(flags(*words))
-    more = Counter(names[pair.views[0].task] for pair in pairs)
-    assert sum(n > 20 for n in more.values()) > 190 and more["40853293"] <= 2
 
 
 # ------------------------------------------------------------------------------------------ batches: colours, epochs
@@ -905,8 +875,6 @@ def test_the_two_likeliest_outputs_are_submitted_and_scored_and_fillers_submitte
 
 @pytest.mark.parametrize("output, words, tasks, said", [
     ("[[[4, 3]]]", [], 3, "pass@2 33.33%"), *((none, [], 2, "pass@2 50.00%") for none in ("[[]]", "[null]", "null")),
-    ("[[[10]]]", [], 2, "cannot be scored: .*solutions.json: task wrong: a cell is 10;"),
-    ("[[[4, 3]], [[4, 3]]]", [], 2, "cannot be scored: .*solutions.json: task wrong: 2 outputs for 1 test inputs"),
     ("[[[4, 3]]]", ["--split", "test"], 0, "test: no solutions in .*, so the submission cannot be scored here")])
 def test_untried_tasks_are_wrong_and_unknown_outputs_do_not_count(tmp_path, capsys, output, words, tasks, said):
     """A model that repeats its input is right about one task and wrong about one; a third is too long for it."""
@@ -926,7 +894,11 @@ def test_untried_tasks_are_wrong_and_unknown_outputs_do_not_count(tmp_path, caps
     assert [submission[name][0]["attempt_1"] for name in entries] == [[[1, 2]], [[3, 4]], FILLER]
     mark = ", right" if scores else ""                                  # an output that is unknown gives none
     assert f"right test 0: input\n1 2\nattempt{mark}\n1 2\noutput\n" in shown and "wrong test 0: input" in shown
-    assert re.search(said, shown) and ("cannot be scored" in shown) == ("cannot be scored" in said)
+    assert re.search(said, shown)
+    file.write_text(file.read_text().replace(output, "[[[4, 3]], [[4, 3]]]"))
+    if scores:                                                          # the answers are on disk before the fault
+        with pytest.raises(InputError, match="solutions.json: task wrong: 2 outputs for 1 test inputs"):
+            train_arc.solve(c, model, ["x", *entries])
 
 
 # ------------------------------------------------------------------------------------------ runs: training
@@ -1048,8 +1020,6 @@ def test_a_stopped_run_goes_on_to_the_same_weights_and_with_nothing_else(tmp_pat
     assert equal(resume(out, "--data", data.rename(tmp_path / "moved")), whole)
     begun = json.loads((out / "config.json").read_text())["begun"]
     assert [run["command"][0] for run in begun] == [SMALL[0], "--resume"]
-    with pytest.raises(InputError, match="its budget is used up"):
-        resume(out)
     result = json.loads((out / "result.json").read_text())
     (out / "result.json").unlink()                              # as if killed after the last step
     assert equal(resume(out), whole) and json.loads((out / "result.json").read_text()) == result
@@ -1070,14 +1040,16 @@ def test_a_checkpoint_of_a_gpu_is_answered_without_one_but_not_trained(learnt, t
     state["flags"] |= {"device": "cuda", "data": str(learnt[0])}
     torch.save(state, tmp_path / "checkpoint.pt")
     assert train_arc.main(["--eval", str(tmp_path), "--out", str(tmp_path / "out")]) is None
-    with pytest.raises(InputError, match="--data nowhere: no such file or folder"):
-        train_arc.main(["--eval", str(tmp_path), "--data", "nowhere", "--out", str(tmp_path / "two")])
     other = one_task_set(tmp_path / "data")
     with pytest.raises(InputError, match="data: no task that the model was trained on; --init answers new ones"):
         train_arc.main(["--eval", str(tmp_path), "--data", str(other), "--out", str(tmp_path / "two")])
     assert not (tmp_path / "two").exists()
     with pytest.raises(InputError, match="--device cuda: expected one of"):
         resume(tmp_path)
+    del state["model"]["head.weight"]
+    torch.save(state, tmp_path / "checkpoint.pt")
+    with pytest.raises(InputError, match=f"{tmp_path}: Error.* Missing key.* \"head.weight\""):
+        train_arc.main(["--eval", str(tmp_path), "--out", str(tmp_path / "three")])
 
 
 def test_the_result_is_on_disk_before_the_answers_and_not_while_the_run_goes_on(tmp_path, monkeypatch):
@@ -1092,6 +1064,15 @@ def test_the_result_is_on_disk_before_the_answers_and_not_while_the_run_goes_on(
     assert saved_step(out) == 14 and not (out / "result.json").exists()
 
 
+def test_a_signal_during_the_last_look_at_the_model_stops_the_run_as_well(tmp_path, monkeypatch):
+    def look(*batches):
+        signal.raise_signal(signal.SIGTERM)
+        return evaluate(*batches)
+    monkeypatch.setattr(train_arc, "evaluate", look)
+    words = "--steps", "1", "--data", str(one_task_set(tmp_path / "data")), "--out", str(tmp_path / "out")
+    assert train_arc.main([*SMALL, *words]) == 130 and saved_step(tmp_path / "out") == 1
+
+
 def test_a_signal_that_is_ignored_stays_ignored(tmp_path, monkeypatch):
     """nohup starts a run so, to outlive the terminal."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -1101,8 +1082,8 @@ def test_a_signal_that_is_ignored_stays_ignored(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("n", [1, 6])
-def test_a_checkpoint_that_cannot_be_replaced_leaves_the_one_before(tmp_path, monkeypatch, n):
-    """The run goes on from there, whatever a power cut has left of the log."""
+def test_a_run_that_dies_goes_on_from_its_last_checkpoint(tmp_path, monkeypatch, n):
+    """One that cannot be replaced leaves the one before; a kill or a power cut may leave anything of the log."""
     data, out, real, writes = one_task_set(tmp_path / "data"), tmp_path / "out", os.replace, itertools.count()
 
     def replace(source, target):
@@ -1117,17 +1098,6 @@ def test_a_checkpoint_that_cannot_be_replaced_leaves_the_one_before(tmp_path, mo
     assert saved_step(out) == n - 1 and not list(out.glob("*.tmp"))
     (out / "log.csv").write_bytes(b"step,epoch\n2,0\n99,1" + bytes(50))
     assert equal(resume(out), train(data, tmp_path / "whole", *FAST)) and read_log(out)["step"][-1] == 12
-
-
-def test_a_killed_run_goes_on_to_the_same_weights(tmp_path):
-    data, out, words = one_task_set(tmp_path / "data"), tmp_path / "killed", ["--no-score", "--steps", "150"]
-    code = "import sys, train_arc; train_arc.SAVE_MINUTES, train_arc.LOG_EVERY = 0, 2; train_arc.main(sys.argv[1:])"
-    run = script(*SMALL, *words, "--data", data, "--out", out, launcher=(sys.executable, "-c", code), cwd=HERE)
-    while run.poll() is None and not ((out / "checkpoint.pt").exists() and saved_step(out)):
-        time.sleep(0.01)
-    run.kill()
-    assert run.wait() == -signal.SIGKILL and 0 < saved_step(out) < 150
-    assert equal(resume(out), train(data, tmp_path / "whole", *words))
 
 
 def test_a_loss_that_is_not_finite_is_never_saved(tmp_path, monkeypatch):
@@ -1219,9 +1189,8 @@ def test_the_presets_reach_the_flags_and_a_flag_wins(monkeypatch):
 @pytest.mark.parametrize("words, fault", [
     ("--d-model 30", "--d-model 30: expected a multiple of 4"), ("--lr nan", "--lr nan: expected 1e-07 or more"),
     ("--steps -5", "--steps -5"), ("--lr fast", "--lr"), ("--dropout 1", "--dropout 1"), ("--speed 3", "--speed"),
-    ("--batch-tokens 100", "--batch-tokens 100: expected --max-tokens 150"), ("--sars --dense", "--sars"),
-    ("--dense --no-ffn", "--dense --no-ffn"), ("--moie-norm --no-ffn", "--moie-norm: needs"),
-    ("--dense --tied-gate", "--tied-gate: needs SPLs"),
+    ("--batch-tokens 100", "--batch-tokens 100: expected --max-tokens 150"), ("--moie-norm --no-ffn", "--moie-norm"),
+    *((f"--dense {word}", "leave out --sars") for word in ("--sars", "--no-ffn", "--moie-norm", "--tied-gate")),
     ("--resume nowhere", "nowhere"), ("--data nowhere", "nowhere"),
     ("--compare nowhere", "nowhere: not a finished run")])
 def test_bad_flags_are_named_in_one_line_and_nothing_is_written(tmp_path, monkeypatch, words, fault):
@@ -1246,7 +1215,7 @@ def test_a_run_goes_on_without_a_compiler_and_a_terminal_for_its_letters(tmp_pat
     environment = os.environ | {"CXX": "false", "TORCHINDUCTOR_CACHE_DIR": cache, "PYTHONIOENCODING": "ascii"}
     run = script(*SMALL, *FAST, "--compile", "--data", data, "--out", out, env=environment)
     output, error = run.communicate()
-    assert "torch.compile does not work here" in output and "L\\xe4ufe" in output
+    assert "torch.compile does not work here, going on without it: " in output and "L\\xe4ufe" in output
     assert run.returncode == 0 and (out / "result.json").exists(), error
 
 
@@ -1284,7 +1253,7 @@ def test_the_process_group_takes_its_threads_with_it():
 
 def test_sars_refuses_several_processes(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match="--sars: needs .* one process"):
+    with pytest.raises(InputError, match="--sars: needs one process"):
         flags("--sars")
     flags("--sars", "--eval", "FILE", "--max-tokens", 1863)             # limits of training do not hold for answers
 

@@ -58,7 +58,7 @@ def read_grid(value):
     """A JSON value -> (h, w) uint8 grid."""
     rows = value if isinstance(value, list) else []
     widths = {len(row) if isinstance(row, list) else 0 for row in rows}
-    if len(widths) != 1 or 0 in widths or max(*widths, len(rows)) > MAX_SIDE:
+    if len(widths) != 1 or 0 in widths or max(widths | {len(rows)}) > MAX_SIDE:
         raise ValueError(f"{json.dumps(value)[:40]} is no grid; expected rows of one width, 1 to {MAX_SIDE} each way")
     for cell in itertools.chain(*rows):
         if type(cell) is not int or not 0 <= cell <= 9:
@@ -83,16 +83,15 @@ def read_raw(folder, split):
     folder, tasks = Path(folder), {}
     if folder.is_file():
         return {folder.stem: (folder, read_json(folder))} if split == "evaluation" else {}
-    kaggle = folder / f"arc-agi_{split}_challenges.json"
-    if kaggle.exists():
-        return {name: (kaggle, raw) for name, raw in read_json(kaggle).items()}
+    challenges = folder / f"arc-agi_{split}_challenges.json"             # Kaggle's
+    if challenges.exists():
+        return {name: (challenges, raw) for name, raw in read_json(challenges).items()}
     has_splits = any(folder.glob("arc-agi_*")) or any((folder / name).is_dir() for name in SPLITS)
     if not has_splits and split != "evaluation":
         return {}
     root = folder / split if has_splits else folder
-    names = glob.glob("**/*.[jJ][sS][oO][nN]", root_dir=root, recursive=True)     # follows links, not ".*"
-    files = [root / name for name in names if "__MACOSX" not in name]
-    for file in sorted(files, key=lambda file: (file.parent, file)):
+    for name in sorted(glob.glob("**/*.json", root_dir=root, recursive=True)):     # follows links, skips ".*"
+        file = root / name
         if not has_splits and file.parent.name in SPLITS:
             refuse(f"{folder}: its tasks are in {file.parent.parent}; name that")
         if file.stem in tasks:
@@ -101,9 +100,9 @@ def read_raw(folder, split):
     return tasks
 
 
-def read_tasks(folder, split, solved=False, faults=None):
+def read_tasks(folder, split, solved=False):
     """{id: Task} of one split. Test outputs are read only if `solved`; one that is missing, null or [] is
-    None. A task at fault raises InputError, or is named in the list `faults` and left out."""
+    None."""
     tasks, solutions = {}, Path(folder, f"arc-agi_{split}_solutions.json")
     given = read_json(solutions) if solved and solutions.exists() else {}
     for name, (file, raw) in read_raw(folder, split).items():
@@ -120,10 +119,8 @@ def read_tasks(folder, split, solved=False, faults=None):
             outputs = [None if output in (None, []) else read_grid(output) for output in outputs]
             tasks[name] = Task(train, list(zip(inputs, outputs)))
         except (AttributeError, KeyError, TypeError, ValueError) as fault:
-            where = f"{file}: task {name}: {'no ' if isinstance(fault, KeyError) else ''}{fault}"
-            if faults is None:
-                raise InputError(where) from None
-            faults.append(where)
+            no = "no " if isinstance(fault, KeyError) else ""
+            raise InputError(f"{file}: task {name}: {no}{fault}") from None
     return tasks
 
 
@@ -218,10 +215,13 @@ def read_extra(path):
                 zipfile.ZipFile(path).extractall(folder)
             except (zipfile.BadZipFile, zlib.error, ValueError, RuntimeError) as fault:     # broken, or encrypted
                 refuse(f"--extra {path}: cannot be unpacked: {fault}")
+            sets = {found.parent for name in ("arc-agi_*.json", *SPLITS) for found in folder.rglob(name)}
+            folder = min(sets, default=folder)              # GitHub's archives have theirs two folders down
         generated = {file.stem: read_pairs(file) for file in sorted(folder.rglob("tasks/[!.]*.json"))}
         tasks = {}
-        for split in () if generated else SPLITS:
-            tasks |= read_tasks(folder, split, solved=True)
+        if not generated:
+            for split in SPLITS:
+                tasks |= read_tasks(folder, split, solved=True)
     if not tasks and not generated:
         refuse(f"--extra {path}: no tasks there; expected a folder or zip as --data takes it, or RE-ARC's")
     return tasks, generated
@@ -264,12 +264,12 @@ def load_data(c):
     every_epoch, tasks = asked | {name: training[name] for name in chosen}, training | asked
     for path, found, generated in extras:
         new = {name: task for name, task in without_leaks(found, every_epoch).items() if name not in tasks}
-        known = may_generate & generated.keys()
-        print(f"{path}: {len(new)} new tasks of {len(found)}, generated pairs for {len(known)} tasks of "
+        named = may_generate & generated.keys()
+        print(f"{path}: {len(new)} new tasks of {len(found)}, generated pairs for {len(named)} tasks of "
               f"{len(generated)}; the others are dropped")
         tasks |= new
         more |= {name: task.test for name, task in new.items()}
-        more |= {name: more[name] + generated[name][:c.generated] for name in known}
+        more |= {name: more[name] + generated[name][:c.generated] for name in named}
 
     names, pairs, heldout = [], [], []
     for name, task in tasks.items():
@@ -395,13 +395,12 @@ def draw(title, grid):
 def solve(c, model, names, rank=0, world=1):
     """Answers the test inputs of c.split, writes submission.json, scores it -> what result.json says of it."""
     model.eval()
-    tasks, questions = read_asked(c), {}
-    shortest = np.zeros((1, 1))                             # output
+    tasks, questions, shortest_output = read_asked(c), {}, np.zeros((1, 1))
     for n, name in enumerate(names):
         if name not in tasks:
             continue
         for i, (x, _) in enumerate(tasks[name].test):
-            if pair_tokens(x, shortest) <= c.max_tokens:
+            if pair_tokens(x, shortest_output) <= c.max_tokens:
                 questions[name, i] = Question(free_colours(tasks[name], c.permute_colours), encode_views(n, x))
     mine = dict(list(questions.items())[rank::world])
     with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
@@ -412,20 +411,18 @@ def solve(c, model, names, rank=0, world=1):
         answers = {test: grids for part in parts for test, grids in part.items()}
     if rank > 0:
         return {}
-    file, faults = Path(c.out, "submission.json"), []
+    file = Path(c.out, "submission.json")
     write_submission(file, tasks, answers)
 
-    tasks |= read_tasks(c.data, c.split, solved=True, faults=faults)        # here alone, after the last answer
-    for fault in faults:
-        print(f"cannot be scored: {fault}")
+    tasks = read_tasks(c.data, c.split, solved=True)                        # here alone, after the last answer
     for name, i in list(questions)[:c.show]:
         x, y = tasks[name].test[i]
         draw(f"{name} test {i}: input", x)
         for grid in answers[name, i][:2] or [[["none"]]]:
             draw("attempt" if y is None else "attempt, right" if grid == y.tolist() else "attempt, wrong", grid)
         draw("output", [["unknown"]] if y is None else y)
-    result, asked = score(answers, tasks), sum(len(task.test) for task in tasks.values())
-    print(f"{len(questions)} of {asked} test inputs were short enough and of a task that the model was trained "
+    result, n_asked = score(answers, tasks), sum(len(task.test) for task in tasks.values())
+    print(f"{len(questions)} of {n_asked} test inputs were short enough and of a task that the model was trained "
           f"on, {sum(map(bool, answers.values()))} got an answer; see {file}")
     if result:
         print("{}: pass@1 {pass@1:.2%}, pass@2 {pass@2:.2%} (mean over a task's test outputs, then over the "
@@ -516,14 +513,12 @@ def check(c, saved, world):
         refuse(f"--d-model {c.d_model}: expected a multiple of {2 * c.n_head}, twice --n-head")
     if not c.eval and c.batch_tokens < world * c.max_tokens:
         refuse(f"--batch-tokens {c.batch_tokens}: expected --max-tokens {c.max_tokens} for each of {world}")
-    if c.dense and not c.ffn_factor:
-        refuse("--dense --no-ffn: the control has an FFN of its own; leave out one of the two")
-    if c.sars and (c.dense or world > 1 and not c.eval):
-        refuse("--sars: needs SPLs and one process; leave out --dense and torchrun")
-    if c.tied_gate and c.dense:
-        refuse("--tied-gate: needs SPLs; leave out --dense")
-    if c.moie_norm and (c.dense or not c.ffn_factor):
-        refuse("--moie-norm: needs the FFN of SPLs; leave out --no-ffn and --dense")
+    if c.dense and (c.sars or c.tied_gate or c.moie_norm or not c.ffn_factor):
+        refuse("--dense: has no SPLs, but an FFN; leave out --sars, --tied-gate, --moie-norm and --no-ffn")
+    if c.moie_norm and not c.ffn_factor:
+        refuse("--moie-norm --no-ffn: there is no FFN to normalize; leave out one of the two")
+    if c.sars and world > 1 and not c.eval:
+        refuse("--sars: needs one process; leave out torchrun")
     if c.resume and bool(c.muon_lr) != bool(saved["muon_lr"]):
         refuse(f"--muon-lr {c.muon_lr}: the run has {saved['muon_lr']}; Muon cannot be taken up or left")
     if c.resume and c.out:
@@ -535,15 +530,13 @@ def check(c, saved, world):
 
 def parse(argv, saved={}):
     """The flags' values: given in `argv`, or else `saved` by an earlier run, or else what suits the device."""
-    parser, world = flag_parser(), int(os.environ.get("WORLD_SIZE", 1))
-    default = vars(parser.parse_args([]))
-    parser.set_defaults(**dict.fromkeys(default))                   # None: so that what argv gives stands out
-    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    if "minutes" in given:
-        given = {"steps": 0} | given                                # a new budget takes the place of saved steps
-    which = default | saved | given
-    c = argparse.Namespace(**default | PRESETS[which["device"], which["dense"]] | saved | given)
-    check(c, saved, world)
+    parser = flag_parser()                  # what stands in the namespace replaces a default, a flag replaces both
+    given = parser.parse_args(argv, argparse.Namespace(**saved | {"minutes": None}))
+    values = PRESETS[given.device, given.dense] | saved
+    if given.minutes is not None:
+        values["steps"] = 0                 # a new budget takes the place of saved steps
+    c = parser.parse_args(argv, argparse.Namespace(**values))
+    check(c, saved, int(os.environ.get("WORLD_SIZE", 1)))
     c.arm = "dense" if c.dense else "ffn" if c.ffn_factor else "no-ffn"
     return c
 
@@ -634,18 +627,19 @@ def progress(c, state, stop, world):
 
 def train(c, model, optimizers, pairs, heldout, state, stop, rank, world):
     """Trains until the budget is used or a signal is in `stop` -> whether it was the budget. `state`, as
-    save_checkpoint saves it, is kept up to date: step, seconds of training, log. In this the columns of a look at
-    the model begin with "heldout" or, where no pairs are held out, with "trained", of one batch."""
+    save_checkpoint saves it, is kept up to date: step, seconds of training, log. Its columns that come from a look
+    at the model begin with "heldout" or, where nothing is held out, with "trained", of one batch."""
     kind, samples = ("heldout", heldout) if heldout else ("trained", next(batches(pairs, c))[1])
     parts = split_by_budget([len(sample.tokens) for sample in samples], c.batch_tokens)
     monitored = [collate([samples[i] for i in part], c.device) for part in parts]
     net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    routing = set(model.routing_weights()) if c.sars else set()     # these learn from a loss of their own
-    others = [p for p in model.parameters() if p not in routing]
+    routing_weights = set(model.routing_weights()) if c.sars else set()     # these learn from a loss of their own
+    task_weights = [p for p in model.parameters() if p not in routing_weights]
     used, stopped = progress(c, state, stop, world)
     bar = tqdm(total=100, initial=int(100 * used), bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}",
                ascii=True, dynamic_ncols=True, disable=rank > 0)
-    next_look, look, tokens, since, saved_at = used, {}, 0, state["seconds"], state["seconds"]
+    next_look, look, tokens = used, {}, 0                           # tokens since the last line of the log
+    logged_at = saved_at = state["seconds"]
     begin = time.perf_counter() - state["seconds"]                  # pauses, and runs before, left out
     for epoch, batch in itertools.islice(batches(pairs, c, world), state["step"], None):
         if used >= 1 or stopped:
@@ -659,12 +653,14 @@ def train(c, model, optimizers, pairs, heldout, state, stop, rank, world):
         torch.manual_seed((c.seed << 32) + state["step"] * world + rank)        # what dropout follows from
         *inputs, targets = collate(batch[rank::world], c.device)
         n_targets = sum(len(sample.tokens) - sample.n_prompt + 1 for sample in batch)
-        with model.watch() if c.sars else nullcontext() as seen:
+        watching = model.watch() if c.sars else nullcontext()
+        with watching as seen:
+            # The mean over the targets of all processes: DDP takes the mean of their gradients.
             loss = task_loss(net, *inputs, targets) * world / n_targets
-        loss.backward()                                             # several processes: DDP takes the mean
+        loss.backward()
         if c.sars:
             route_loss = train_routing(model, seen, targets, CLIP)
-        norm = nn.utils.clip_grad_norm_(others, CLIP)
+        norm = nn.utils.clip_grad_norm_(task_weights, CLIP)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -684,7 +680,7 @@ def train(c, model, optimizers, pairs, heldout, state, stop, rank, world):
         if world > 1:
             dist.all_reduce(loss)
         state["seconds"] = time.perf_counter() - begin              # `isfinite` has waited for the GPU
-        speed = tokens / (state["seconds"] - since)
+        speed = tokens / (state["seconds"] - logged_at)
         row = {"step": state["step"], "epoch": epoch, "lr": c.lr * factor, "loss": loss.item() / world,
                "grad_norm": norm.item(), "seconds": state["seconds"], "tokens_per_s": speed}
         if c.sars:
@@ -705,13 +701,13 @@ def train(c, model, optimizers, pairs, heldout, state, stop, rank, world):
         seen_loss = f", {kind} {look['loss']:.3f}" if look else ""
         bar.set_postfix_str(f"loss {row['loss']:.3f}{seen_loss}, {speed:.0f} tok/s{share}", refresh=False)
         bar.update(int(100 * min(1, used)) - bar.n)
-        tokens, since = 0, state["seconds"]
-        begin = time.perf_counter() - since                         # neither looking nor saving is training
+        tokens, logged_at = 0, state["seconds"]
+        begin = time.perf_counter() - logged_at                     # neither looking nor saving is training
     bar.close()
     if look:
         print("{} {} pairs: loss {loss:.4f}, {tokens:.1%} of tokens, {grids:.1%} of grids".format(
             len(samples), kind, **look))
-    return not stopped
+    return not progress(c, state, stop, world)[1]           # a signal may have come during the last look
 
 
 # ------------------------------------------------------------------------------------------ comparison
@@ -737,9 +733,9 @@ def compare(folders):
             run = read_json(folder / "config.json") | read_json(folder / "result.json")
             log = np.genfromtxt(folder / "log.csv", delimiter=",", names=True, ndmin=1)
             run["looks"] = log[np.isfinite(log["heldout_loss"])]
-            seed, _ = run["seed"], run["looks"][-1]                # both must be there
+            seed, _, _ = run["seed"], run["heldout_grids"], run["looks"][-1]        # they must be there
         except (OSError, ValueError, LookupError) as fault:
-            refuse(f"{folder}: not a finished run with held-out pairs: {fault}")
+            refuse(f"{folder}: not a finished run with held-out pairs: {' '.join(str(fault).split())}")
         run["training loss"] = log["loss"][-math.ceil(len(log) / 10):].mean()          # over the last tenth
         runs = arms.setdefault(folder.name.split("-seed")[0], {})
         if seed in runs:
@@ -849,17 +845,16 @@ def main(argv):
     optimizers = make_optimizers(c, model, compiled)
     if checkpoint:
         new = {"task.weight": model.task.weight} if c.init else {}      # its tasks are others
-        model.load_state_dict(checkpoint["model"] | new)
+        try:
+            model.load_state_dict(checkpoint["model"] | new)
+        except RuntimeError as fault:                       # of another revision, perhaps
+            refuse(f"{c.resume or c.eval or c.init}: {' '.join(str(fault).split())[:200]}")
     if c.resume:
         if (state["names"], state["pairs"]) != (names, digest):
             refuse(f"{c.data} {' '.join(c.extra)}: other pairs than those that the run was trained on")
         for optimizer, tensors in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(tensors)
     state = state or {"names": names, "pairs": digest, "shape": shape, "step": 0, "seconds": 0.0, "log": []}
-    # Killed between its last step and result.json, a run has nothing left to train, but that to write.
-    over = c.resume and progress(c, state, [], world)[0] >= 1 and Path(c.resume, "result.json").exists()
-    if over and not c.score:
-        refuse(f"--resume {c.resume}: its budget is used up; expected more --minutes or --steps")
     state["flags"] = {name: value for name, value in vars(c).items()
                       if name not in ("resume", "eval", "compare")}
     if rank == 0:
@@ -911,7 +906,7 @@ if __name__ == "__main__":
         print(f"error: {fault}", file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError:
-        print("error: out of memory; a lower --batch-tokens may help", file=sys.stderr)
+        print("error: out of memory; in training a lower --batch-tokens helps", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
