@@ -255,26 +255,27 @@ def load_data(c):
     extras = [(path, *read_extra(path)) for path in c.extra]
 
     # The pairs of each task beside its demonstrations: its own tests, unless held out, and generated ones.
-    more = {name: task.test for name, task in without_leaks(training, asked).items()}
-    chosen = sorted(more) if c.heldout else []
+    other_pairs = {name: task.test for name, task in without_leaks(training, asked).items()}
+    heldout_names = sorted(other_pairs) if c.heldout else []
     if any(generated for _, _, generated in extras):
-        chosen = chosen[1::2]
-    heldout_tests = {name: more.pop(name) for name in chosen}
-    may_generate = set(more)
-    every_epoch, tasks = asked | {name: training[name] for name in chosen}, training | asked
+        heldout_names = heldout_names[1::2]
+    heldout_tests = {name: other_pairs.pop(name) for name in heldout_names}
+    may_generate = set(other_pairs)
+    always = asked | {name: training[name] for name in heldout_names}       # shown in every epoch
+    tasks = training | asked
     for path, found, generated in extras:
-        new = {name: task for name, task in without_leaks(found, every_epoch).items() if name not in tasks}
-        named = may_generate & generated.keys()
-        print(f"{path}: {len(new)} new tasks of {len(found)}, generated pairs for {len(named)} tasks of "
+        new = {name: task for name, task in without_leaks(found, always).items() if name not in tasks}
+        grown = may_generate & generated.keys()
+        print(f"{path}: {len(new)} new tasks of {len(found)}, generated pairs for {len(grown)} tasks of "
               f"{len(generated)}; the others are dropped")
         tasks |= new
-        more |= {name: task.test for name, task in new.items()}
-        more |= {name: more[name] + generated[name][:c.generated] for name in named}
+        other_pairs |= {name: task.test for name, task in new.items()}
+        other_pairs |= {name: other_pairs[name] + generated[name][:c.generated] for name in grown}
 
     names, pairs, heldout = [], [], []
     for name, task in tasks.items():
-        n, free, every = len(names), free_colours(task, c.permute_colours), 1 if name in every_epoch else c.repeat
-        shown = [Pair(free, encode_views(n, x, y), every) for x, y in task.train + more.get(name, [])
+        n, free, every = len(names), free_colours(task, c.permute_colours), 1 if name in always else c.repeat
+        shown = [Pair(free, encode_views(n, x, y), every) for x, y in task.train + other_pairs.get(name, [])
                  if fits(x, y, c) and (name in asked or key(x) not in asked_inputs)]
         if shown:
             names.append(name)
@@ -287,7 +288,7 @@ def load_data(c):
 
 # ------------------------------------------------------------------------------------------ answers
 RANK_TOKENS = 2**16                         # tokens of a ranking batch
-NO_ANSWER = [[0]]                           # stands in a submission where there is none
+FILLER = [[0]]                              # stands in a submission where there is no answer
 # What a test input asks: the colours that may be permuted, and the prompt in each of the 8 views
 Question = namedtuple("Question", "free prompts")
 
@@ -366,7 +367,7 @@ def write_submission(file, tasks, answers):
     for name, task in tasks.items():
         submission[name] = []
         for i in range(len(task.test)):
-            first, second, *_ = answers.get((name, i), []) + [NO_ANSWER, NO_ANSWER]
+            first, second, *_ = answers.get((name, i), []) + [FILLER, FILLER]
             submission[name].append({"attempt_1": first, "attempt_2": second})
     save(file, submission)
 
