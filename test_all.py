@@ -1020,6 +1020,8 @@ def test_a_stopped_run_goes_on_to_the_same_weights_and_with_nothing_else(tmp_pat
     assert equal(resume(out, "--data", data.rename(tmp_path / "moved")), whole)
     begun = json.loads((out / "config.json").read_text())["begun"]
     assert [run["command"][0] for run in begun] == [SMALL[0], "--resume"]
+    with pytest.raises(InputError, match="its budget is used up"):
+        resume(out)
     result = json.loads((out / "result.json").read_text())
     (out / "result.json").unlink()                              # as if killed after the last step
     assert equal(resume(out), whole) and json.loads((out / "result.json").read_text()) == result

@@ -856,6 +856,10 @@ def main(argv):
         for optimizer, tensors in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(tensors)
     state = state or {"names": names, "pairs": digest, "shape": shape, "step": 0, "seconds": 0.0, "log": []}
+    # Killed between its last step and result.json, a run has nothing left to train, but that to write.
+    over = c.resume and progress(c, state, [], world)[0] >= 1 and Path(c.resume, "result.json").exists()
+    if over and not c.score:
+        refuse(f"--resume {c.resume}: its budget is used up; expected more --minutes or --steps")
     state["flags"] = {name: value for name, value in vars(c).items()
                       if name not in ("resume", "eval", "compare")}
     if rank == 0:
