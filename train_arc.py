@@ -29,7 +29,7 @@ import time
 import zipfile
 import zlib
 from collections import namedtuple
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -617,6 +617,20 @@ def compile_blocks(c, model, pairs, rank, world):
     model.zero_grad()
 
 
+@contextmanager
+def signals_heard():
+    """While open, signals that would end Python are kept in the list that this yields."""
+    stop = []
+    # A signal that was ignored when the run began, as under nohup, stays ignored.
+    heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    handlers = {number: signal.signal(number, lambda came, _: stop.append(came)) for number in heard}
+    try:
+        yield stop
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 def progress(c, state, stop, world):
     """(share of the budget that is used, whether a signal came): those of rank 0, for all processes."""
     used = state["step"] / c.steps if c.steps else state["seconds"] / (60 * c.minutes)
@@ -626,13 +640,18 @@ def progress(c, state, stop, world):
     return shared[0].item(), shared[1].item() > 0
 
 
-def train(c, model, optimizers, pairs, heldout, state, stop, rank, world):
-    """Trains until the budget is used or a signal is in `stop` -> whether it was the budget. `state`, as
-    save_checkpoint saves it, is kept up to date: step, seconds of training, log. Its columns that come from a look
-    at the model begin with "heldout" or, where nothing is held out, with "trained", of one batch."""
+def monitored_batches(pairs, heldout, c):
+    """("heldout", the batches of the held-out pairs) or, where there are none, ("trained", one batch of `pairs`):
+    what the model is looked at with during training, and what the columns of the log begin with."""
     kind, samples = ("heldout", heldout) if heldout else ("trained", next(batches(pairs, c))[1])
     parts = split_by_budget([len(sample.tokens) for sample in samples], c.batch_tokens)
-    monitored = [collate([samples[i] for i in part], c.device) for part in parts]
+    return kind, [collate([samples[i] for i in part], c.device) for part in parts]
+
+
+def train(c, model, optimizers, pairs, heldout, state, stop, rank, world):
+    """Trains until the budget is used or a signal is in `stop` -> whether it was the budget. `state`, as
+    save_checkpoint saves it, is kept up to date: step, seconds of training, log."""
+    kind, monitored = monitored_batches(pairs, heldout, c)
     net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     routing_weights = set(model.routing_weights()) if c.sars else set()     # these learn from a loss of their own
     task_weights = [p for p in model.parameters() if p not in routing_weights]
@@ -707,7 +726,7 @@ def train(c, model, optimizers, pairs, heldout, state, stop, rank, world):
     bar.close()
     if look:
         print("{} {} pairs: loss {loss:.4f}, {tokens:.1%} of tokens, {grids:.1%} of grids".format(
-            len(samples), kind, **look))
+            sum(len(targets) for *_, targets in monitored), kind, **look))
     return not progress(c, state, stop, world)[1]           # a signal may have come during the last look
 
 
@@ -877,13 +896,8 @@ def main(argv):
             Path(c.out, "result.json").unlink(missing_ok=True)          # a run that goes on is not finished
         if compiled:
             compile_blocks(c, model, pairs, rank, world)
-        stop = []                       # the signals that came
-        # A signal that was ignored when the run began, as under nohup, stays ignored.
-        heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-        handlers = {number: signal.signal(number, lambda came, _: stop.append(came)) for number in heard}
-        finished = train(c, model, optimizers, pairs, heldout, state, stop, rank, world)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        with signals_heard() as stop:
+            finished = train(c, model, optimizers, pairs, heldout, state, stop, rank, world)
         if not finished:
             print(f"stopped at step {state['step']}; go on with: python train_arc.py --resume {c.out}")
             return 130
