@@ -638,6 +638,14 @@ def test_a_broken_zip_is_named(tmp_path, kind, fault):
         train_arc.read_extra(tmp_path / "x.zip")
 
 
+def test_a_fault_within_a_zip_names_the_zip(tmp_path):
+    for file, fault in ("tasks/t.json", "/tasks/t.json: a dict; expected a list"), ("t.txt", ": no tasks there"):
+        with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+            archive.writestr(file, TASK)
+        with pytest.raises(InputError, match=re.escape(f"{tmp_path}/x.zip{fault}")):
+            train_arc.read_extra(tmp_path / "x.zip")
+
+
 @pytest.mark.parametrize("github", [False, True])
 def test_outputs_that_are_asked_for_and_unused_files_are_not_opened(tmp_path, github):
     """A fault in them does not disturb loading, and is found as soon as they are read."""

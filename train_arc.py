@@ -207,23 +207,28 @@ def batches(pairs, c, world=1):
 def read_extra(path):
     """({id: Task}, {id: [(input, output), ...]}) of a folder or zip: tasks, as --data takes them, and generated
     pairs in RE-ARC's layout: tasks/ID.json, each a list of pairs."""
+    if not zipfile.is_zipfile(path):
+        return read_extra_folder(Path(path))
     with tempfile.TemporaryDirectory() as unpacked:
-        folder = Path(path)
-        if zipfile.is_zipfile(path):
-            folder = Path(unpacked)
-            try:
-                zipfile.ZipFile(path).extractall(folder)
-            except (zipfile.BadZipFile, zlib.error, ValueError, RuntimeError) as fault:     # broken, or encrypted
-                refuse(f"--extra {path}: cannot be unpacked: {fault}")
-            sets = {found.parent for name in ("arc-agi_*.json", *SPLITS) for found in folder.rglob(name)}
-            folder = min(sets, default=folder)              # GitHub's archives have theirs two folders down
-        generated = {file.stem: read_pairs(file) for file in sorted(folder.rglob("tasks/[!.]*.json"))}
-        tasks = {}
-        if not generated:
-            for split in SPLITS:
-                tasks |= read_tasks(folder, split, solved=True)
+        try:
+            zipfile.ZipFile(path).extractall(unpacked)
+            sets = {found.parent for name in ("arc-agi_*.json", *SPLITS) for found in Path(unpacked).rglob(name)}
+            return read_extra_folder(min(sets, default=Path(unpacked)))     # GitHub's is two folders down
+        except InputError as fault:                                 # names the zip, not where it was unpacked
+            refuse(str(fault).replace(unpacked, str(path)))
+        except (zipfile.BadZipFile, zlib.error, ValueError, RuntimeError) as fault:     # broken, or encrypted
+            refuse(f"--extra {path}: cannot be unpacked: {fault}")
+
+
+def read_extra_folder(folder):
+    """The same, of a folder."""
+    generated = {file.stem: read_pairs(file) for file in sorted(folder.rglob("tasks/[!.]*.json"))}
+    tasks = {}
+    if not generated:
+        for split in SPLITS:
+            tasks |= read_tasks(folder, split, solved=True)
     if not tasks and not generated:
-        refuse(f"--extra {path}: no tasks there; expected a folder or zip as --data takes it, or RE-ARC's")
+        refuse(f"--extra {folder}: no tasks there; expected a folder or zip as --data takes it, or RE-ARC's")
     return tasks, generated
 
 
