@@ -1229,6 +1229,16 @@ def test_a_run_goes_on_without_a_compiler_and_a_terminal_for_its_letters(tmp_pat
     assert run.returncode == 0 and (out / "result.json").exists(), error
 
 
+def test_a_cache_folder_that_cannot_be_made_ends_in_one_line(tmp_path):
+    """Torch's optimizers need it, too, so that there is no going on without it."""
+    data = one_task_set(tmp_path / "data")
+    put("a file", tmp_path, "file")
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "file/cache")}
+    run = script(*SMALL, *FAST, "--compile", "--data", data, "--out", tmp_path / "out", env=environment)
+    _, error = run.communicate()
+    assert run.returncode == 2 and re.fullmatch("error: .*Not a directory: .*file/cache'\n", error), error
+
+
 def test_two_processes_train_as_one_on_the_same_global_batch(tmp_path):
     """Their shares differ in size: the loss is the mean over all targets, not over processes."""
     data, words = one_task_set(tmp_path / "data"), [*FAST, "--batch-tokens", "300"]
