@@ -376,6 +376,14 @@ def load_checkpoint(run):
         raise InputError(f"{file}: {type(fault).__name__}: {reason}; expected the folder of a run") from None
 
 
+def restore(target, state, run):
+    """Loads `state` of that run into a model or an optimizer; InputError names the run if it does not fit."""
+    try:
+        target.load_state_dict(state)
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as fault:     # of another revision?
+        raise InputError(f"{run}: its checkpoint does not fit: {' '.join(str(fault).split())[:200]}") from None
+
+
 # ------------------------------------------------------------------------------------------ demos
 def show_costs():
     """Prints what the arms cost, in training and in decoding, and what the cache saves."""
@@ -425,7 +433,7 @@ def show_attention(run):
         raise InputError(f"{run}: expected SPLs, found the dense control")
     task = state["names"].index("0d3d703e") if "0d3d703e" in state["names"] else 0
     model = Transformer(Config(**state["shape"])).eval()
-    model.load_state_dict(state["model"])
+    restore(model, state["model"], run)
     prompt = torch.tensor([[START, *[3, 1, 2, NL] * 3, SEP]])
     with model.watch() as seen, torch.no_grad():
         model(prompt, torch.tensor([task]), torch.tensor([0]))

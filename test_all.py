@@ -32,7 +32,7 @@ from block import Block
 from dynsiha import DynSIHA, double_attention, rotary, rotate
 from model import (END, IGNORE, INVERSE, NL, SEP, START, Config, Transformer, advance, collate, decode_grid,
                    encode_grid, encode_prompt, encode_views, evaluate, pair_tokens, pi_score, positions,
-                   sample_losses, task_loss, unpadded, view_grid)
+                   sample_losses, show_attention, task_loss, unpadded, view_grid)
 from spl import (Muon, SparseProtoLinear, mas_normalize, mas_reference, orthogonalize, routing_loss,
                  spl_reference)
 from train_arc import InputError, Pair, Task, parse
@@ -1056,10 +1056,22 @@ def test_a_checkpoint_of_a_gpu_is_answered_without_one_but_not_trained(learnt, t
     assert not (tmp_path / "two").exists()
     with pytest.raises(InputError, match="--device cuda: expected one of"):
         resume(tmp_path)
-    del state["model"]["head.weight"]
+
+
+def test_a_checkpoint_that_does_not_fit_the_code_is_named_by_all_that_read_it(learnt, tmp_path):
+    """As one of another revision may be."""
+    state = torch.load(learnt[1] / "checkpoint.pt", weights_only=True)
+    state["flags"] |= {"data": str(learnt[0])}
+    weight = state["model"].pop("head.weight")
     torch.save(state, tmp_path / "checkpoint.pt")
-    with pytest.raises(InputError, match=f"{tmp_path}: Error.* Missing key.* \"head.weight\""):
-        train_arc.main(["--eval", str(tmp_path), "--out", str(tmp_path / "three")])
+    for use in (lambda run: train_arc.main(["--eval", run, "--out", f"{run}/out"]), resume, show_attention):
+        with pytest.raises(InputError, match=f"{tmp_path}: its checkpoint does not fit: .*Missing key.*head.weight"):
+            use(str(tmp_path))
+    state["model"]["head.weight"] = weight
+    state["optimizers"][0]["param_groups"].pop()
+    torch.save(state, tmp_path / "checkpoint.pt")
+    with pytest.raises(InputError, match=f"{tmp_path}: its checkpoint does not fit: .*number of parameter groups"):
+        resume(tmp_path)
 
 
 def test_the_result_is_on_disk_before_the_answers_and_not_while_the_run_goes_on(tmp_path, monkeypatch):

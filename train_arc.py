@@ -40,7 +40,7 @@ from torch import nn
 from tqdm import tqdm
 
 from model import (INVERSE, MAX_OUTPUT, MAX_SIDE, N_VIEW, N_VOCAB, Config, InputError, Transformer, collate,
-                   decode_grid, encode_grid, encode_views, evaluate, load_checkpoint, pair_tokens, pi_score,
+                   decode_grid, encode_grid, encode_views, evaluate, load_checkpoint, pair_tokens, pi_score, restore,
                    sample_losses, task_loss, train_routing, view_grid)
 from spl import Muon, can_compile, orthogonalize
 
@@ -870,15 +870,12 @@ def main(argv):
     optimizers = make_optimizers(c, model, compiled)
     if checkpoint:
         new = {"task.weight": model.task.weight} if c.init else {}      # its tasks are others
-        try:
-            model.load_state_dict(checkpoint["model"] | new)
-        except RuntimeError as fault:                       # of another revision, perhaps
-            refuse(f"{c.resume or c.eval or c.init}: {' '.join(str(fault).split())[:200]}")
+        restore(model, checkpoint["model"] | new, c.resume or c.eval or c.init)
     if c.resume:
         if (state["names"], state["pairs"]) != (names, digest):
             refuse(f"{c.data} {' '.join(c.extra)}: other pairs than those that the run was trained on")
         for optimizer, tensors in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(tensors)
+            restore(optimizer, tensors, c.resume)
     state = state or {"names": names, "pairs": digest, "shape": shape, "step": 0, "seconds": 0.0, "log": []}
     # Killed between its last step and result.json, a run has nothing left to train, but that to write.
     over = c.resume and progress(c, state, [], world)[0] >= 1 and Path(c.resume, "result.json").exists()
