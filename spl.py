@@ -75,9 +75,19 @@ def spl_reference(x, mu_weight, mu_bias, proto_weight, gate_weight):
 
 
 def routing_mask(V_match, L_gate=None):
-    """(logits, M). Without L_gate it is −V_match, as W_g = −W_p makes it: mas does not see the 1/√D_in."""
-    logits = V_match - mas_normalize(-V_match if L_gate is None else L_gate)
-    return logits, mas_normalize(logits)
+    """(logits, M), each (..., D_out). Without L_gate the gate is tied: it is −V_match, as W_g = −W_p makes it, since
+    mas does not see the 1/√D_in. M is then a ReGLU's gate, relu(V_match), over a scale of each row's own."""
+    if L_gate is not None:
+        logits = V_match - mas_normalize(L_gate)
+        return logits, mas_normalize(logits)
+    # A tied gate costs nothing where x fits and, where it does not, a share of the largest |V_match|. So the largest
+    # |logit| is that of the best fit or of the worst: one pass over the row finds both.
+    tiny = torch.finfo(V_match.dtype).tiny
+    fit, misfit = F.relu(V_match), F.relu(-V_match)
+    best, worst = Peak.apply(fit), Peak.apply(misfit)                           # (..., 1)
+    cost = 1 / torch.maximum(best, worst).clamp_min(tiny)
+    logits = V_match - cost * misfit
+    return logits, fit / torch.maximum(best, worst + cost * worst).clamp_min(tiny)
 
 
 class SparseProtoLinear(nn.Module):
