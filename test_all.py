@@ -1392,6 +1392,7 @@ def test_the_readmes_tables_of_the_comparison_are_what_the_logs_give(capsys):
     ("compare", "no-ffn-6", "moie", "+0.025 ± 0.012", "-1.6 ± 1.1", "+0.017 ± 0.013"),
     ("compare", "no-ffn-6-usual", "moie", "+0.035 ± 0.016", "-1.4 ± 1.5", "+0.022 ± 0.016"),
     ("compare", "no-ffn-6", "moie-zero", "+0.034 ± 0.016", "-2.5 ± 1.5", "+0.019 ± 0.013"),
+    ("compare", "tied-no-ffn-6", "tied-moie", "+0.016 ± 0.016", "-0.9 ± 1.7", "+0.021 ± 0.012"),
     ("compare", "no-ffn-8", "moie-f2", "+0.050 ± 0.025", "-1.0 ± 4.5", None),
     ("compare", "no-ffn", "moie", "+0.013 ± 0.025", "+0.4 ± 1.6", None),
     ("compare", "no-ffn", "dense", "-0.016 ± 0.018", "+2.7 ± 1.3", "-0.045 ± 0.010"),
