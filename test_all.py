@@ -1396,6 +1396,7 @@ def test_the_readmes_tables_of_the_comparison_are_what_the_logs_give(capsys):
     ("compare", "no-ffn-8", "moie-f2", "+0.050 ± 0.025", "-1.0 ± 4.5", None),
     ("compare", "no-ffn", "moie", "+0.013 ± 0.025", "+0.4 ± 1.6", None),
     ("compare", "no-ffn", "dense", "-0.016 ± 0.018", "+2.7 ± 1.3", "-0.045 ± 0.010"),
+    ("compare", "tied-no-ffn-6", "dense", "+0.010 ± 0.025", None, "-0.007 ± 0.014"),
     ("parts", "full", "tied", "-0.028 ± 0.018", "+1.7 ± 1.2", None)])
 def test_the_verdicts_intervals_are_what_the_logs_give(folder, first, arm, loss, grids, training, capsys):
     cells = [row.split("|")[-2] for row in compared(capsys, folder, first, arm) if "paired by seed" in row]
