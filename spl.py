@@ -129,7 +129,7 @@ class SparseProtoLinear(nn.Module):
         return [proto_weight] if self.gate_weight is None else [proto_weight, self.gate_weight]
 
     def route(self, x):
-        """(logits, M), each (..., D_out): the routing alone, for monitoring and for SARS."""
+        """(logits, M), each (..., D_out): the routing alone."""
         return routing_mask(*(F.linear(x, weight) for weight in self.routing_maps()))
 
     def extra_repr(self):
