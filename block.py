@@ -7,7 +7,7 @@
 Symbols   D width, f the hidden width of the FFN over D (ffn_factor), T tokens.
 Weights   DynSIHA 12·D², MoIE 6f·D², and two thirds of these with tied gates. A standard block (nn.Linear, 4x
           FFN) has 4·D² + 8·D² = 12·D²: as many as the block without FFN and, gates tied, as that with f = 1.
-Cost      A block with the FFN costs 1 + 6f / (12 + 2T/D) times one without.
+Cost      A block with the FFN costs 1 + 6f / (12 + 2T/D) times one without; gates tied, 1 + 4f / (8 + 2T/D).
 Source    MoIE is the FFN of Tiny-ONN; pre-norm: Xiong et al. 2020, arXiv:2002.04745.
 Copy      this file, dynsiha.py and spl.py.
 Run       python block.py

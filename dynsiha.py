@@ -4,8 +4,8 @@
     y       = softmax(rot(q) rot(k)ᵀ / √h + causal mask) v      horizontal attention: token -> tokens
     out     = SPL_o(y)
 
-It attends twice. Inside each SPL, vertically: x is the query, the rows of W_p are the keys and the rows of
-W_mu the values. Then horizontally, token to tokens. Read as a Bayesian update: (W_p, W_mu) is the prior, the
+It attends twice. Inside each SPL, vertically: x is the query, the rows of W_p are the keys, M the weights and
+Y_comp the values, each of which stays with its neuron. Then horizontally, token to tokens. Read as a Bayesian update: (W_p, W_mu) is the prior, the
 sparse q, k, v the likelihood, the output the posterior.
 
 Symbols   B batch, T tokens, S slots of the cache that are read, D width, H heads, h = D/H, A position axes.

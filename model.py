@@ -86,7 +86,7 @@ def encode_prompt(grid):
 
 def pair_tokens(x, y):
     """Length of a pair in its longest view: cells, a <nl> for each row or column, <start>, <sep>, <end>."""
-    return x.size + max(x.shape) + y.size + max(y.shape) + 3
+    return x.size + y.size + max(np.add(x.shape, y.shape)) + 3
 
 
 # One sequence: the first n_prompt of its tokens are given, and <end> follows its last.
@@ -151,7 +151,7 @@ class Config:
     ffn_factor: int = 1     # hidden width of the FFN over D; 0 leaves the FFN out
     dense: bool = False     # nn.Linear and GELU in place of SPLs; with ffn_factor 4, the control
     moie_norm: bool = False # an RMSNorm before the second SPL of the FFN
-    tied_gate: bool = False # W_g = −W_p in every SPL, so that it has two matrices
+    tied_gate: bool = False # W_g = −W_p in every SPL: two matrices each; train_arc.py ties them
     dropout: float = 0.0    # share of a branch's output, in training
     dtype: str = "float32"  # or "bfloat16": of the products, by autocast
 

@@ -8,7 +8,7 @@
 The recipe: one demonstration pair is one sequence; a learned embedding per task says which rule applies.
 Training sees the demonstrations of every task, the evaluation tasks' too, and never a test output of the
 evaluation split: `solve` alone uses these, after the last answer. The training split's test pairs are trained
-on, too, but under --heldout, for tuning.
+on, too, unless --heldout keeps them for tuning.
 
 Read from the top: tasks -> batches -> answers -> flags -> files -> training -> comparison -> main.
 Symbols   B batch, T tokens.
@@ -447,7 +447,7 @@ CUDA = dict(
     d_model=768, n_head=12, n_layer=10, dropout=0.1, extra=["data/arc-agi-2", "data/re-arc.zip"], repeat=3,
     minutes=20.0, max_tokens=1863, batch_tokens=2**15, lr=4e-3, muon_lr=4e-3, dtype="bfloat16")
 # The same for the dense control, whose rates have been searched for by themselves.
-CPU_DENSE = CPU | dict(ffn_factor=4, tied_gate=False, lr=2.5e-3, muon_lr=2.5e-3)
+CPU_DENSE = CPU | dict(ffn_factor=4, tied_gate=False, muon_lr=2.5e-3)
 CUDA_DENSE = CUDA | dict(ffn_factor=4, tied_gate=False, lr=1e-3, muon_lr=1e-3)
 PRESETS = {("cpu", False): CPU, ("cpu", True): CPU_DENSE, ("cuda", False): CUDA, ("cuda", True): CUDA_DENSE}
 # The least value of each number; none may reach a billion.
@@ -495,8 +495,8 @@ def flag_parser():
     add("--steps", type=int, default=0, help="training budget in steps, in place of minutes")
     add("--max-tokens", type=int, help="longest pair to train on; longer test pairs count as wrong")
     add("--batch-tokens", type=int, help="tokens per batch over all processes, padding included")
-    add("--lr", type=float, help="peak learning rate of AdamW; under --dense another, as Muon's")
-    add("--muon-lr", type=float, help="that of Muon, for the linear maps; 0: AdamW for all")
+    add("--lr", type=float, help="peak learning rate of AdamW; on a GPU another under --dense")
+    add("--muon-lr", type=float, help="that of Muon, for the linear maps, likewise; 0: AdamW for all")
     add("--sars", action="store_true", help="train W_p and W_g by the routing loss of SARS alone")
     # machine
     add("--device", choices=DEVICES, default=DEVICES[0], help="where to run")
@@ -736,7 +736,7 @@ def train(c, model, optimizers, pairs, heldout, state, stop, rank, world):
 
 
 # ------------------------------------------------------------------------------------------ comparison
-# Student's t, two-sided 95%, for 1, 2, ... degrees of freedom
+# Student's t, two-sided 95%, for 1 to 19 degrees of freedom; the last stands for more, a little too wide
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23,
        2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10, 2.09)
 
