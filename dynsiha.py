@@ -5,8 +5,8 @@
     out     = SPL_o(y)
 
 It attends twice. Inside each SPL, vertically: x is the query, the rows of W_p are the keys, M the weights and
-Y_comp the values, each of which stays with its neuron. Then horizontally, token to tokens. Read as a Bayesian update: (W_p, W_mu) is the prior, the
-sparse q, k, v the likelihood, the output the posterior.
+Y_comp the values, each of which stays with its neuron. Then horizontally, token to tokens. Read as a Bayesian
+update: (W_p, W_mu) is the prior, the sparse q, k, v the likelihood, the output the posterior.
 
 Symbols   B batch, T tokens, S slots of the cache that are read, D width, H heads, h = D/H, A position axes.
 Cost      4 SPLs: 12·D² multiply-adds per token, 8·D² with tied gates, plus 2·T·D for the attention itself.

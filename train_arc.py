@@ -485,7 +485,7 @@ def flag_parser():
     add("--generated", type=int, default=60, help="pairs to take from RE-ARC for each task, at most")
     add("--split", choices=SPLITS[1:], default="evaluation", help="split to answer")
     add("--heldout", action=switch, default=False, help="hold out the training split's test pairs")
-    add("--true-colours", type=float, default=0.0, help="share of showings that keep a pair's colours, of others permuted")
+    add("--true-colours", type=float, default=0.0, help="share of showings that keep the colours; others permute them")
     add("--repeat", type=int, help="how much more often than others the tasks to answer are shown")
     add("--score", action=switch, default=True, help="answer and score the split at the end")
     add("--colour-votes", type=int, default=4, help="colour tables under which each of 8 views answers")
