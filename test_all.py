@@ -166,6 +166,14 @@ def test_mas_ignores_scale_and_equals_the_formula_its_gradient_too():
     torch.testing.assert_close(ours, theirs)
 
 
+def test_a_tied_gate_leaves_a_reglus_gate_over_a_scale_of_each_row():
+    V = torch.randn(50, 9, dtype=torch.float64)
+    V[0], V[1] = V[0].abs(), -V[1].abs()
+    best, worst = (F.relu(z).amax(-1, keepdim=True) for z in (V, -V))
+    scale = torch.maximum(best, worst + worst / torch.maximum(best, worst))
+    torch.testing.assert_close(mas_reference(V - mas_reference(-V)), F.relu(V) / scale)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tied", [False, True])
