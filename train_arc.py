@@ -194,8 +194,9 @@ def batches(pairs, c, world=1):
         shown = [pair for n, pair in enumerate(pairs) if (n + epoch) % pair.every == 0]
         for i in rng.permutation(len(shown)):               # the sort is stable: equal lengths stay shuffled
             sample = shown[i].views[rng.integers(N_VIEW)]
-            # A rule may hang on the colours themselves. True ones, shown often, tell it from the permuted ones.
-            keeps = rng.random() < c.true_colours
+            # A rule may hang on the colours themselves. True ones, shown often, tell it from the permuted ones. At 0
+            # nothing is drawn, which leaves the stream as it was in the runs of results/.
+            keeps = c.true_colours and rng.random() < c.true_colours
             table = colour_table([] if keeps else shown[i].free, rng)
             samples.append(sample._replace(tokens=table[sample.tokens]))
         parts = split_by_budget([len(sample.tokens) for sample in samples], c.batch_tokens)
