@@ -108,7 +108,7 @@ def one_task_set(folder, **options):
 SMALL = ["--no-ffn", "--device", "cpu", "--d-model", "32", "--n-head", "2", "--n-layer", "2", "--batch-tokens", "512",
          "--no-compile", "--heldout"]
 FAST = ["--no-score", "--steps", "12"]
-LEARNT = ["--steps", "200", "--lr", "1e-2", "--true-colours", "1", "--max-tokens", "40", "--batch-tokens", "128"]
+LEARNT = ["--steps", "200", "--lr", "1e-2", "--no-permute-colours", "--max-tokens", "40", "--batch-tokens", "128"]
 
 
 def flags(*words):
@@ -748,17 +748,17 @@ def test_generated_pairs_reach_training_tasks_that_are_not_held_out_and_no_asked
 def test_black_and_the_colours_that_only_outputs_show_stay():
     """'Mark with red' would contradict itself; a colour that a test input shows is free, and so are unused ones."""
     task = Task([(np.array([[0, 1]]), np.array([[2, 1, 3]]))], [(np.array([[3, 0]]), None)])
-    assert train_arc.free_colours(task, Namespace(true_colours=0.5)) == [1, 3, 4, 5, 6, 7, 8, 9]
-    assert train_arc.free_colours(task, Namespace(true_colours=1)) == []
+    assert train_arc.free_colours(task, True) == [1, 3, 4, 5, 6, 7, 8, 9]
+    assert train_arc.free_colours(task, False) == []
 
 
 def test_parts_are_of_similar_lengths_and_as_many_as_the_budget_holds_when_padded():
     assert train_arc.split_by_budget([5, 1, 4, 2, 9, 2, 3, 7], 8) == [[1, 3, 5], [6, 2], [0], [7], [4]]
 
 
-def epochs(pairs, n, budget, seed=0, world=1, true_colours=0):
+def epochs(pairs, n, budget, seed=0, world=1):
     """The batches of the first n epochs, a list for each."""
-    stream = train_arc.batches(pairs, Namespace(seed=seed, batch_tokens=budget, true_colours=true_colours), world)
+    stream = train_arc.batches(pairs, Namespace(seed=seed, batch_tokens=budget), world)
     plan = itertools.groupby(stream, lambda item: item[0])
     return [[batch for _, batch in epoch] for _, epoch in itertools.islice(plan, n)]
 
@@ -790,13 +790,6 @@ def test_every_third_epoch_shows_a_pair_of_the_others():
     pairs = [Pair([], encode_views(n, np.ones((1, 1), int)), 1 if n < 2 else 3) for n in range(6)]
     plan = [sorted(sample.task for batch in epoch for sample in batch) for epoch in epochs(pairs, 3, 100)]
     assert plan == [[0, 1, 3], [0, 1, 2, 5], [0, 1, 4]]
-
-
-def test_a_share_of_the_showings_keeps_the_colours():
-    views = encode_views(0, x := np.arange(1, 10).reshape(3, 3), x)
-    seen = itertools.chain(*sum(epochs([Pair([*range(1, 10)], views)], 200, 100, true_colours=0.25), []))
-    kept = [np.array_equal(sample.tokens, views[sample.view].tokens) for sample in seen]
-    assert len(kept) == 200 and 30 < sum(kept) < 70
 
 
 def test_the_stream_follows_from_the_seed_and_the_epoch():
@@ -913,7 +906,7 @@ def test_untried_tasks_are_wrong_and_unknown_outputs_do_not_count(tmp_path, caps
     (tmp_path / "arc-agi_test_solutions.json").unlink()
     file, model = tmp_path / "arc-agi_evaluation_solutions.json", Echo()
     file.write_text(file.read_text().replace("[[[4, 3]]]", output))
-    c = flags("--data", tmp_path, "--max-tokens", 30, "--show", 2, "--true-colours", "1", *words)
+    c = flags("--data", tmp_path, "--max-tokens", 30, "--show", 2, "--no-permute-colours", *words)
     c.out = tmp_path
     result, shown = train_arc.solve(c, model, ["x", *entries]), capsys.readouterr().out
     scores = {"pass@1": 1 / tasks, "pass@2": 1 / tasks, "solved": 1, "tasks": tasks} if tasks else {}

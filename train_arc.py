@@ -158,12 +158,12 @@ def without_leaks(others, asked):
 Pair = namedtuple("Pair", "free views every", defaults=[1])
 
 
-def free_colours(task, c):
+def free_colours(task, permute):
     """The colours to permute: 1 to 9 but for those that only outputs show ('mark with red' must stay red)."""
     inputs = {colour for x, _ in task.train + task.test for colour in x.flat}
     outputs = {colour for _, y in task.train for colour in y.flat}
     free = [colour for colour in range(1, 10) if colour in inputs or colour not in outputs]
-    return free if c.true_colours < 1 else []
+    return free if permute else []
 
 
 def colour_table(free, rng):
@@ -194,10 +194,7 @@ def batches(pairs, c, world=1):
         shown = [pair for n, pair in enumerate(pairs) if (n + epoch) % pair.every == 0]
         for i in rng.permutation(len(shown)):               # the sort is stable: equal lengths stay shuffled
             sample = shown[i].views[rng.integers(N_VIEW)]
-            # A rule may hang on the colours themselves. True ones, shown often, tell it from the permuted ones. At 0
-            # nothing is drawn, which leaves the stream as it was in the runs of results/.
-            keeps = c.true_colours and rng.random() < c.true_colours
-            table = colour_table([] if keeps else shown[i].free, rng)
+            table = colour_table(shown[i].free, rng)
             samples.append(sample._replace(tokens=table[sample.tokens]))
         parts = split_by_budget([len(sample.tokens) for sample in samples], c.batch_tokens)
         if len(parts) > 1 and len(parts[-1]) < max(2, world):       # every process needs a sample, and a
@@ -282,7 +279,7 @@ def load_data(c):
 
     names, pairs, heldout = [], [], []
     for name, task in tasks.items():
-        n, free, every = len(names), free_colours(task, c), 1 if name in always else c.repeat
+        n, free, every = len(names), free_colours(task, c.permute_colours), 1 if name in always else c.repeat
         shown = [Pair(free, encode_views(n, x, y), every) for x, y in task.train + other_pairs.get(name, [])
                  if fits(x, y, c) and (name in asked or key(x) not in asked_inputs)]
         if shown:
@@ -410,7 +407,7 @@ def solve(c, model, names, rank=0, world=1):
             continue
         for i, (x, _) in enumerate(tasks[name].test):
             if pair_tokens(x, shortest_output) <= c.max_tokens:
-                questions[name, i] = Question(free_colours(tasks[name], c), encode_views(n, x))
+                questions[name, i] = Question(free_colours(tasks[name], c.permute_colours), encode_views(n, x))
     mine = dict(list(questions.items())[rank::world])
     with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
         answers = rank_outputs(model, mine, propose(model, mine, c, rank), rank)
@@ -454,8 +451,8 @@ CPU_DENSE = CPU | dict(ffn_factor=4, tied_gate=False, muon_lr=2.5e-3)
 CUDA_DENSE = CUDA | dict(ffn_factor=4, tied_gate=False, lr=1e-3, muon_lr=1e-3)
 PRESETS = {("cpu", False): CPU, ("cpu", True): CPU_DENSE, ("cuda", False): CUDA, ("cuda", True): CUDA_DENSE}
 # The least value of each number; none may reach a billion.
-LEAST = dict(ffn_factor=0, d_model=2, n_head=1, n_layer=1, dropout=0, true_colours=0, repeat=1, colour_votes=1, show=0,
-             seed=0, minutes=0.01, steps=0, max_tokens=5, batch_tokens=5, lr=1e-7, muon_lr=0, generated=0)
+LEAST = dict(ffn_factor=0, d_model=2, n_head=1, n_layer=1, dropout=0, repeat=1, colour_votes=1, show=0, seed=0,
+             minutes=0.01, steps=0, max_tokens=5, batch_tokens=5, lr=1e-7, muon_lr=0, generated=0)
 # The flags that shape a model
 SHAPE = "d_model", "n_head", "n_layer", "ffn_factor", "moie_norm", "tied_gate", "dense"
 
@@ -486,7 +483,7 @@ def flag_parser():
     add("--generated", type=int, default=60, help="pairs to take from RE-ARC for each task, at most")
     add("--split", choices=SPLITS[1:], default="evaluation", help="split to answer")
     add("--heldout", action=switch, default=False, help="hold out the training split's test pairs")
-    add("--true-colours", type=float, default=0.0, help="share of showings that keep the colours; others permute them")
+    add("--permute-colours", action=switch, default=True, help="permute the colours of a task")
     add("--repeat", type=int, help="how much more often than others the tasks to answer are shown")
     add("--score", action=switch, default=True, help="answer and score the split at the end")
     add("--colour-votes", type=int, default=4, help="colour tables under which each of 8 views answers")
@@ -518,8 +515,6 @@ def check(c, saved, world):
         refuse(f"--device {c.device}: expected one of {DEVICES}")
     if c.dropout >= 1:
         refuse(f"--dropout {c.dropout}: expected less than 1")
-    if c.true_colours > 1:
-        refuse(f"--true-colours {c.true_colours}: expected a share, 1 at most")
     if c.d_model % (2 * c.n_head):
         refuse(f"--d-model {c.d_model}: expected a multiple of {2 * c.n_head}, twice --n-head")
     if not c.eval and c.batch_tokens < world * c.max_tokens:
