@@ -24,9 +24,8 @@ from spl import SparseProtoLinear, bench, forward_backward
 
 
 class MoIE(nn.Module):
-    """(..., D) -> (..., D): two SPLs around a relu. With `norm` the second one gets a normalized input, as an
-    SPL should: its match shrinks with its input, its cost does not, and where relu leaves little it may fire no
-    neuron at all."""
+    """(..., D) -> (..., D): two SPLs around a relu. With `norm` the second one gets a normalized input: an SPL's match
+    shrinks with its input, its cost does not, and where relu leaves little no neuron may fire. It lowered no loss."""
 
     def __init__(self, d_model, d_ffn, norm=False, linear=SparseProtoLinear):
         super().__init__()

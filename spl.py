@@ -30,6 +30,11 @@ import torch.nn.functional as F
 from torch import nn
 
 
+def mas_reference(z):
+    """mas(z) as the formula stands, through autograd: what the fast one below is tested against."""
+    return F.relu(z / z.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(z.dtype).tiny))
+
+
 class Peak(torch.autograd.Function):
     """max_j |z_j| over the last axis, kept as one of size 1; the entries that equal it share its gradient.
 
@@ -58,11 +63,6 @@ def mas_normalize(z):
     """relu(z / max_j |z_j|) over the last axis: values in [0, 1], unchanged by any positive scale of z."""
     # A fixed guard of 1e-9 is 0 in float16, and 0/0 is NaN: take the dtype's own smallest normal number.
     return F.relu(z / Peak.apply(z).clamp_min(torch.finfo(z.dtype).tiny))
-
-
-def mas_reference(z):
-    """The same, as the formula stands and through autograd: what the fast one is tested against."""
-    return F.relu(z / z.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(z.dtype).tiny))
 
 
 def spl_reference(x, mu_weight, mu_bias, proto_weight, gate_weight):
@@ -100,8 +100,8 @@ class SparseProtoLinear(nn.Module):
             self.mu_bias.zero_()
         # The prototypes start small, because the learned match must outgrow the random one.
         self.proto_weight.uniform_(-bound, bound)
-        # The gate starts as the opposite of the prototype, costly where that mismatches, plus noise. W_g = 0
-        # sits on relu's corner and never learns; W_g = -W_p alone charges no active neuron and hardly learns.
+        # The gate starts as the opposite of the prototype, costly where that mismatches, plus noise. W_g = 0 sits
+        # on relu's corner and never learns; W_g = −W_p alone charges no neuron that fires, so few of its rows learn.
         if self.gate_weight is not None:
             self.gate_weight.uniform_(-0.3 * bound, 0.3 * bound).sub_(self.proto_weight)
 
@@ -111,7 +111,8 @@ class SparseProtoLinear(nn.Module):
     def route(self, x):
         """(logits, M), each (..., D_out): the routing alone."""
         V_match = F.linear(x, self.proto_weight / math.sqrt(self.in_features))
-        # With a tied gate L_gate is −V_match but for a factor √D_in, which mas does not see.
+        # With a tied gate L_gate is −V_match but for a factor √D_in, which mas does not see: where the match is
+        # above 0 nothing is paid, and M is relu(V_match) over a scale of each row's own.
         L_gate = -V_match if self.gate_weight is None else F.linear(x, self.gate_weight)
         logits = V_match - mas_normalize(L_gate)
         return logits, mas_normalize(logits)
