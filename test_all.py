@@ -325,7 +325,8 @@ def test_rotary_deals_pairs_to_the_axes_in_turn_and_scores_feel_differences_of_p
     torch.testing.assert_close((rotate(q, cos, sin) * rotate(k, *rotary(b, 32))).sum(), there)
 
 
-@pytest.mark.parametrize("f, dense, norm", [(0, False, False), (2, False, False), (2, False, True), (4, True, False)])
+@pytest.mark.parametrize("f, dense, norm", [(0, False, False), (2, False, False), (2, False, True),
+                                            (4, True, False), (0, True, False)])
 def test_a_block_adds_attention_and_ffn_of_its_normalized_input(f, dense, norm):
     """The FFN is two SPLs around a relu, or the dense control's GELU network; without it nothing of it is built."""
     x, rope = torch.randn(2, 5, 8, dtype=torch.float64), rotary(line(2, 5), 4)
@@ -333,7 +334,7 @@ def test_a_block_adds_attention_and_ffn_of_its_normalized_input(f, dense, norm):
     for p in block.parameters():
         nn.init.normal_(p)
     y = x + block.attn(block.attn_norm(x), rope)
-    if dense:
+    if f and dense:
         hidden = block.ffn.up(block.ffn_norm(y))
         y = y + block.ffn.down(hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2)
     elif f:
@@ -415,7 +416,8 @@ def test_the_model_is_the_sum_of_its_embeddings_then_blocks_norm_and_head():
     assert not Transformer(model.config)(tokens, task, view).any()              # a fresh one predicts all alike
 
 
-@pytest.mark.parametrize("options", [{"ffn_factor": 0}, {"ffn_factor": 1}, {"dense": True, "ffn_factor": 2}])
+@pytest.mark.parametrize("options", [{"ffn_factor": 0}, {"ffn_factor": 1}, {"dense": True, "ffn_factor": 2},
+                                     {"dense": True, "ffn_factor": 0}])
 def test_every_row_of_the_blocks_learns_within_twenty_steps_and_the_dense_block_starts_as_the_identity(options):
     """One is not enough: a gate is heard only where its neuron fires and pays, or has the highest cost of all."""
     model, task = Transformer(Config(n_task=40, d_model=32, n_head=2, n_layer=2, **options)), torch.arange(40)
@@ -1219,13 +1221,14 @@ def test_the_presets_reach_the_flags_and_a_flag_wins(monkeypatch):
         assert preset.items() <= vars(c).items() and (c.arm, c.ffn_factor) == ("ffn", 1)
         assert control.items() <= vars(dense).items() and (dense.arm, dense.ffn_factor) == ("dense", 4)
         assert parse(["--device", device, "--dense", "--lr", "0.5", "--ffn-factor", "2"]).lr == 0.5
+        assert parse(["--device", device, "--dense", "--no-ffn"]).arm == "dense-no-ffn"
 
 
 @pytest.mark.parametrize("words, fault", [
     ("--d-model 30", "--d-model 30: expected a multiple of 4"), ("--lr nan", "--lr nan: expected 1e-07 or more"),
     ("--steps -5", "--steps -5"), ("--lr fast", "--lr"), ("--dropout 1", "--dropout 1"), ("--speed 3", "--speed"),
     ("--batch-tokens 100", "--batch-tokens 100: expected --max-tokens 150"), ("--moie-norm --no-ffn", "--moie-norm"),
-    *((f"--dense {word}", "leave out --sars") for word in ("--sars", "--no-ffn", "--moie-norm", "--tied-gate")),
+    *((f"--dense {word}", "leave out --sars") for word in ("--sars", "--moie-norm", "--tied-gate")),
     ("--resume nowhere", "nowhere"), ("--data nowhere", "nowhere"),
     ("--compare nowhere", "nowhere: not a finished run")])
 def test_bad_flags_are_named_in_one_line_and_nothing_is_written(tmp_path, monkeypatch, words, fault):

@@ -472,7 +472,7 @@ def flag_parser():
     add("--no-ffn", dest="ffn_factor", action="store_const", const=0, help="leave it out, as --ffn-factor 0")
     add("--moie-norm", action="store_true", help="normalize the input of the FFN's second SPL")
     add("--tied-gate", action=switch, default=True, help="W_g = -W_p in every SPL: two products, not three")
-    add("--dense", action="store_true", help="the control: nn.Linear attention and a GELU FFN")
+    add("--dense", action="store_true", help="the control: nn.Linear for SPL, and a GELU FFN or, with --no-ffn, none")
     add("--d-model", type=int, help="width D")
     add("--n-head", type=int, help="heads H")
     add("--n-layer", type=int, help="layers L")
@@ -519,8 +519,8 @@ def check(c, saved, world):
         refuse(f"--d-model {c.d_model}: expected a multiple of {2 * c.n_head}, twice --n-head")
     if not c.eval and c.batch_tokens < world * c.max_tokens:
         refuse(f"--batch-tokens {c.batch_tokens}: expected --max-tokens {c.max_tokens} for each of {world}")
-    if c.dense and (c.sars or c.tied_gate or c.moie_norm or not c.ffn_factor):
-        refuse("--dense: has no SPLs, but an FFN; leave out --sars, --tied-gate, --moie-norm and --no-ffn")
+    if c.dense and (c.sars or c.tied_gate or c.moie_norm):
+        refuse("--dense: has no SPLs; leave out --sars, --tied-gate and --moie-norm")
     if c.moie_norm and not c.ffn_factor:
         refuse("--moie-norm --no-ffn: there is no FFN to normalize; leave out one of the two")
     if c.sars and world > 1 and not c.eval:
@@ -543,7 +543,9 @@ def parse(argv, saved={}):
         values["steps"] = 0                 # a new budget takes the place of saved steps
     c = parser.parse_args(argv, argparse.Namespace(**values))
     check(c, saved, int(os.environ.get("WORLD_SIZE", 1)))
-    c.arm = "dense" if c.dense else "ffn" if c.ffn_factor else "no-ffn"
+    c.arm = "ffn" if c.ffn_factor else "no-ffn"
+    if c.dense:
+        c.arm = "dense" if c.ffn_factor else "dense-no-ffn"
     return c
 
 
