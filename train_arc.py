@@ -472,7 +472,7 @@ def flag_parser():
     add("--no-ffn", dest="ffn_factor", action="store_const", const=0, help="leave it out, as --ffn-factor 0")
     add("--moie-norm", action="store_true", help="normalize the input of the FFN's second SPL")
     add("--tied-gate", action=switch, default=True, help="W_g = -W_p in every SPL: two products, not three")
-    add("--dense", action="store_true", help="the control: nn.Linear for SPL, and a GELU FFN or, with --no-ffn, none")
+    add("--dense", action="store_true", help="the control: nn.Linear for SPL, a GELU FFN unless --no-ffn")
     add("--d-model", type=int, help="width D")
     add("--n-head", type=int, help="heads H")
     add("--n-layer", type=int, help="layers L")
