@@ -113,14 +113,4 @@ if __name__ == "__main__":
     print(f"Attention at B={B} T={T} D={D} H={H} on {device}, forward and backward")
     for name, linear, weights in (("dense", "nn.Linear", 4), ("sparse", "SPL", 12)):
         print(f"  {linear:10} {weights:3}·D² weights {1000 * t[name]:8.2f} ms  {t[name] / t['dense']:5.2f}x")
-
-    with torch.no_grad():
-        cache, y, steps = KVCache(B, H, T, D // H, device), sparse(x, rope), []
-        for i in range(8):
-            cos, sin = rope
-            now = cos[:, :, i:i + 1], sin[:, :, i:i + 1]
-            filled = torch.ones(B, 1, 1, i + 1, dtype=torch.bool, device=device)
-            steps.append(sparse(x[:, i:i + 1], now, cache, filled))
-    error = (torch.cat(steps, 1) - y[:, :8]).abs().max()
-    print(f"Token by token through the cache the output differs by at most {error:.1e}")
-    assert y.shape == (B, T, D)
+    assert sparse(x, rope).shape == (B, T, D)

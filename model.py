@@ -14,8 +14,6 @@ Run       python model.py; python model.py RUN shows where a trained model of tr
 """
 
 import math
-import pickle
-import struct
 import sys
 from collections import Counter, namedtuple
 from contextlib import contextmanager
@@ -61,22 +59,12 @@ def encode_grid(grid):
 
 def decode_grid(tokens):
     """The rows that `tokens` (up to <end>) spell, or None: no rectangle of 1..30 by 1..30 colours."""
-    rows, row = [], []
-    for token in tokens:
-        if token == END:
-            widths = {len(cells) for cells in rows}
-            if row or len(widths) != 1:                     # an unfinished row, or no rectangle
-                return None
-            sides = *widths, len(rows)
-            return rows if 1 <= min(sides) and max(sides) <= MAX_SIDE else None
-        if token == NL:
-            rows.append(row)
-            row = []
-        elif token <= 9:
-            row.append(int(token))
-        else:
-            return None
-    return None
+    answer, end, _ = bytes([*tokens]).partition(bytes([END]))
+    *rows, rest = map(list, answer.split(bytes([NL])))
+    if not end or rest or len({len(row) for row in rows}) != 1:         # an unfinished row, or no rectangle
+        return None
+    sides = len(rows), len(rows[0])
+    return rows if 1 <= min(sides) and max(sides) <= MAX_SIDE and max(map(max, rows)) <= 9 else None
 
 
 def encode_prompt(grid):
@@ -198,15 +186,11 @@ class Transformer(nn.Module):
     def autocast(self):
         return torch.autocast(self.head.weight.device.type, torch.bfloat16, self.config.dtype == "bfloat16")
 
-    def linear_maps(self):
-        """The blocks' matrices that are linear maps, W_mu and the weights of nn.Linear; W_p and W_g route."""
-        routing = set(self.routing_weights())
-        return [p for p in self.blocks.parameters() if p.ndim == 2 and p not in routing]
-
     def spls(self):
         return {name: m for name, m in self.named_modules() if isinstance(m, SparseProtoLinear)}
 
     def routing_weights(self):
+        """W_p and W_g of all SPLs. The blocks' other matrices, W_mu and the weights of nn.Linear, are linear maps."""
         weights = [(spl.proto_weight, spl.gate_weight) for spl in self.spls().values()]
         return [p for pair in weights for p in pair if p is not None]
 
@@ -370,8 +354,7 @@ def load_checkpoint(run):
         state = torch.load(file, map_location="cpu", weights_only=True)
         Config(**state["shape"])
         return {part: state[part] for part in parts}
-    except (OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AttributeError,
-            pickle.UnpicklingError, struct.error) as fault:             # what torch.load raises over broken files
+    except Exception as fault:                              # torch.load raises almost anything over a broken file
         reason = str(fault).partition(". ")[0][:200]
         raise InputError(f"{file}: {type(fault).__name__}: {reason}; expected the folder of a run") from None
 

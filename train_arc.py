@@ -212,7 +212,8 @@ def read_extra(path):
     with tempfile.TemporaryDirectory() as unpacked:
         try:
             zipfile.ZipFile(path).extractall(unpacked)
-            sets = {found.parent for name in ("arc-agi_*.json", *SPLITS) for found in Path(unpacked).rglob(name)}
+            sets = {found.parent for name in ("arc-agi_*.json", *SPLITS) for found in Path(unpacked).rglob(name)
+                    if "__MACOSX" not in found.parts}               # a Mac's zip has a shadow of each file there
             return read_extra_folder(min(sets, default=Path(unpacked)))     # GitHub's is two folders down
         except InputError as fault:                                 # names the zip, not where it was unpacked
             refuse(str(fault).replace(unpacked, str(path)))
@@ -525,8 +526,8 @@ def check(c, saved, world):
         refuse("--moie-norm --no-ffn: there is no FFN to normalize; leave out one of the two")
     if c.sars and world > 1 and not c.eval:
         refuse("--sars: needs one process; leave out torchrun")
-    if c.resume and bool(c.muon_lr) != bool(saved["muon_lr"]):
-        refuse(f"--muon-lr {c.muon_lr}: the run has {saved['muon_lr']}; Muon cannot be taken up or left")
+    if c.resume and bool(c.muon_lr) != bool(saved.get("muon_lr")):
+        refuse(f"--muon-lr {c.muon_lr}: the run has {saved.get('muon_lr')}; Muon cannot be taken up or left")
     if c.resume and c.out:
         refuse("--resume: a run stays in its folder; leave out --out")
     for name in (*SHAPE, "sars"):
@@ -599,12 +600,11 @@ def rate(used):
 def make_optimizers(c, model, compiled):
     """[AdamW] or, with --muon-lr, [AdamW, Muon for the linear maps]. The blocks' matrices decay; embeddings,
     head and vectors do not."""
-    maps = model.linear_maps() if c.muon_lr else []
-    mapped = set(maps)
-    rest = [p for p in model.parameters() if p not in mapped]
-    decaying = {p for p in model.blocks.parameters() if p.ndim == 2}
-    groups = [{"params": [p for p in rest if p in decaying], "weight_decay": WEIGHT_DECAY},
-              {"params": [p for p in rest if p not in decaying], "weight_decay": 0.0}]
+    matrices = dict.fromkeys(p for p in model.blocks.parameters() if p.ndim == 2)     # a set that keeps its order
+    adamws = set(model.routing_weights()) if c.muon_lr else set(matrices)
+    maps = [p for p in matrices if p not in adamws]
+    groups = [{"params": [p for p in matrices if p in adamws], "weight_decay": WEIGHT_DECAY},
+              {"params": [p for p in model.parameters() if p not in matrices], "weight_decay": 0.0}]
     optimizers = [torch.optim.AdamW(groups, c.lr, betas=(0.9, 0.95), fused=True)]
     if maps:
         orthogonal = torch.compile(orthogonalize) if compiled else orthogonalize
