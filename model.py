@@ -14,6 +14,8 @@ Run       python model.py; python model.py RUN shows where a trained model of tr
 """
 
 import math
+import pickle
+import struct
 import sys
 from collections import Counter, namedtuple
 from contextlib import contextmanager
@@ -354,7 +356,8 @@ def load_checkpoint(run):
         state = torch.load(file, map_location="cpu", weights_only=True)
         Config(**state["shape"])
         return {part: state[part] for part in parts}
-    except Exception as fault:                              # torch.load raises almost anything over a broken file
+    except (OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AttributeError,
+            pickle.UnpicklingError, struct.error) as fault:             # what torch.load raises over broken files
         reason = str(fault).partition(". ")[0][:200]
         raise InputError(f"{file}: {type(fault).__name__}: {reason}; expected the folder of a run") from None
 
