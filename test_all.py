@@ -1401,6 +1401,7 @@ def test_the_table_of_the_comparison_is_what_the_logs_give(capsys):
     ("compare", "no-ffn", "dense", "−0.016 ± 0.018", "+2.7 ± 1.3", "−0.045 ± 0.010"),
     ("compare", "tied-no-ffn-6", "dense", "+0.010 ± 0.025", "+0.1 ± 2.2", "−0.007 ± 0.014"),
     ("compare", "no-ffn-6-usual", "tied-no-ffn-6", "+0.003 ± 0.012", "+0.7 ± 1.6", None),
+    ("compare", "tied-no-ffn-6", "dense-no-ffn-12", "−0.003 ± 0.014", "−2.4 ± 1.8", "−0.022 ± 0.010"),
     ("parts", "full", "tied", "−0.028 ± 0.018", "+1.7 ± 1.2", None)])
 def test_the_verdicts_intervals_are_what_the_logs_give(folder, first, arm, loss, grids, training, capsys):
     """results/README.md puts some signs into words, so only the sizes are looked up there."""
