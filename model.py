@@ -389,8 +389,8 @@ def show_costs():
         trains[name] = partial(train, model)
         decodes[name] = partial(model.generate, tokens, zero + T, zero, zero, new, end=-1, limit=math.inf)
     train_s, decode_s = bench(trains), bench(decodes, seconds=0)
-    print(f"D=128, L=4, on {device}: a forward and backward pass of {B} x {T} tokens, uncompiled; tokens decoded "
-          f"in a\nsecond after {B} prompts; each as a share of no FFN's")
+    print(f"D=128, L=4, gates free, on {device}: a forward and backward pass of {B} x {T} tokens, uncompiled; tokens "
+          f"decoded\nin a second after {B} prompts; each as a share of no FFN's")
     print(f"{'':10} {'parameters':>11} {'FLOPs/token':>12} {'ms':>7} {'share':>6} {'decoded':>8} {'share':>6}")
     for name, model in models.items():
         print(f"{name:10} {model.n_params():11} {model.flops_per_token(T):12} {1000 * train_s[name]:7.1f} "

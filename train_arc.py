@@ -469,8 +469,9 @@ def flag_parser():
     begin("--init", metavar="DIR", help="begin with the weights of that run, for tasks that it has not seen")
     add("--compare", metavar="DIR", nargs="+", help="print a table of finished runs")
     # model
-    add("--ffn-factor", type=int, default=1, help="hidden width of the FFN over D; 4 under --dense")
-    add("--no-ffn", dest="ffn_factor", action="store_const", const=0, help="leave it out, as --ffn-factor 0")
+    ffn = parser.add_mutually_exclusive_group().add_argument
+    ffn("--ffn-factor", type=int, default=1, help="hidden width of the FFN over D; 4 under --dense")
+    ffn("--no-ffn", dest="ffn_factor", action="store_const", const=0, help="leave it out, as --ffn-factor 0")
     add("--moie-norm", action="store_true", help="normalize the input of the FFN's second SPL")
     add("--tied-gate", action=switch, default=True, help="W_g = -W_p in every SPL: two products, not three")
     add("--dense", action="store_true", help="the control: nn.Linear for SPL, a GELU FFN unless --no-ffn")
