@@ -25,7 +25,7 @@ from spl import SparseProtoLinear, bench, forward_backward
 
 class MoIE(nn.Module):
     """(..., D) -> (..., D): two SPLs around a relu. With `norm` the second one gets a normalized input: an SPL's match
-    shrinks with its input, its cost does not, and where relu leaves little no neuron may fire. It lowered no loss."""
+    shrinks with its input, its cost does not, so where relu leaves little no neuron fires. It lowered no loss."""
 
     def __init__(self, d_model, d_ffn, norm=False, linear=SparseProtoLinear):
         super().__init__()

@@ -29,9 +29,9 @@ def rotary(pos, h, base=100.0):
     at 30.
     """
     A, pair = pos.shape[-1], torch.arange(h // 2, device=pos.device)
-    n = pair // A                                                    # number of the pair within its axis
+    axis, n = pair % A, pair // A                                    # of each pair, and its number within the axis
     frequency = base ** -(2 * A * n / h)
-    angle = pos[..., pair % A] * frequency                           # (B, T, h/2)
+    angle = pos[..., axis] * frequency                               # (B, T, h/2)
     return angle.cos().unsqueeze(1), angle.sin().unsqueeze(1)
 
 

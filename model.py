@@ -61,9 +61,9 @@ def encode_grid(grid):
 
 def decode_grid(tokens):
     """The rows that `tokens` (up to <end>) spell, or None: no rectangle of 1..30 by 1..30 colours."""
-    answer, end, _ = bytes([*tokens]).partition(bytes([END]))
-    *rows, rest = map(list, answer.split(bytes([NL])))
-    if not end or rest or len({len(row) for row in rows}) != 1:         # an unfinished row, or no rectangle
+    answer, end, _ = bytes([*tokens]).partition(bytes([END]))           # `end` is empty if there is no <end>
+    *rows, rest = map(list, answer.split(bytes([NL])))                  # `rest` follows the last <nl>
+    if not end or rest or len({len(row) for row in rows}) != 1:         # unfinished, no row, or no rectangle
         return None
     sides = len(rows), len(rows[0])
     return rows if 1 <= min(sides) and max(sides) <= MAX_SIDE and max(map(max, rows)) <= 9 else None
@@ -76,7 +76,8 @@ def encode_prompt(grid):
 
 def pair_tokens(x, y):
     """Length of a pair in its longest view: cells, a <nl> for each row or column, <start>, <sep>, <end>."""
-    return x.size + y.size + max(np.add(x.shape, y.shape)) + 3
+    newlines = max(np.add(x.shape, y.shape))            # the rows of both grids, or, transposed, their columns
+    return x.size + y.size + newlines + 3
 
 
 # One sequence: the first n_prompt of its tokens are given, and <end> follows its last.
@@ -111,7 +112,8 @@ def collate(samples, device):
 
 
 def advance(token, pos):
-    """The position (row, column, role) after `token` (...,) at `pos` (..., 3)."""
+    """The position (row, column, role) of what follows `token` (...,), which itself is at `pos` (..., 3). <start>
+    and the first cell of the input are both at (0, 0, 0)."""
     row, column, role = pos.unbind(-1)
     opens = (token == START) | (token == SEP)
     row = torch.where(opens, 0, row + (token == NL))
@@ -192,7 +194,7 @@ class Transformer(nn.Module):
         return {name: m for name, m in self.named_modules() if isinstance(m, SparseProtoLinear)}
 
     def routing_weights(self):
-        """W_p and W_g of all SPLs. The blocks' other matrices, W_mu and the weights of nn.Linear, are linear maps."""
+        """W_p and W_g of all SPLs. The blocks' other matrices, W_mu and the weights of nn.Linear, are for Muon."""
         weights = [(spl.proto_weight, spl.gate_weight) for spl in self.spls().values()]
         return [p for pair in weights for p in pair if p is not None]
 
@@ -223,7 +225,8 @@ class Transformer(nn.Module):
         return 2 * weights + 4 * T * self.config.d_model * self.config.n_layer
 
     def mfu(self, tokens_per_s, T):
-        """Training FLOPs (3 forwards) as a share of the GPU's bfloat16 peak; None on a CPU or unknown GPU."""
+        """Training FLOPs (3 forwards) as a share of one GPU's bfloat16 peak, at its tokens/s; None on a CPU or
+        unknown GPU."""
         name = torch.cuda.get_device_name() if self.head.weight.is_cuda else ""
         peak = next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
         return peak and 3 * self.flops_per_token(T) * tokens_per_s / peak
@@ -235,6 +238,7 @@ class Transformer(nn.Module):
         tokens (B, P), lengths (B,). A row ends with `end`, or where its grid exceeds `limit` a side. Its new
         tokens are cached in the slots after P. A key holds its position, as angles, so the order of slots is free:
         the mask alone says what is read, never the padding. The slots that are read grow by STRIDE.
+        With return_logits also the logits (B, N, N_VOCAB) that each token was chosen by.
         """
         (B, P), c, device = tokens.shape, self.config, tokens.device
         dtype = torch.bfloat16 if c.dtype == "bfloat16" else self.head.weight.dtype
@@ -246,8 +250,9 @@ class Transformer(nn.Module):
         mask = (torch.arange(size, device=device) < lengths[:, None])[:, None, None]  # (B, 1, 1, size)
         out, all_logits, done = [], [], torch.zeros(B, dtype=torch.bool, device=device)
         for slot in range(P, P + max_new):
-            # A CUDA graph reads the very tensors that it was recorded with, so `now`, `token` and `mask` are
-            # updated in place, and what is kept of a step is a copy.
+            # A CUDA graph reads the very tensors that it was recorded with, so `now`, `token` and `mask`, of which
+            # `step` has views, are updated in place, and what is kept of a step is a copy. `now` comes first: the
+            # new token's position follows from the last token, which the next line replaces.
             now.copy_(advance(token, now))
             token.copy_(logits.argmax(-1).masked_fill(done, end))
             done = done | (token == end) | (now > limit).any(-1)
@@ -300,7 +305,7 @@ def train_routing(model, seen, targets, clip):
     routing loss in place of the task loss's, clipped by itself. Returns that loss, the mean over SPLs."""
     weights = model.routing_weights()
     with model.autocast():
-        losses = [routing_loss(*layer, unpadded(targets)) for layer in seen.values()]
+        losses = [routing_loss(spl, x, Y_out, unpadded(targets)) for spl, x, Y_out in seen.values()]
         loss = sum(losses) / len(losses)
     for p, gradient in zip(weights, torch.autograd.grad(loss, weights)):
         p.grad = gradient

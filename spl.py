@@ -112,7 +112,7 @@ class SparseProtoLinear(nn.Module):
         """(logits, M), each (..., D_out): the routing alone."""
         V_match = F.linear(x, self.proto_weight / math.sqrt(self.in_features))
         # With a tied gate L_gate is −V_match but for a factor √D_in, which mas does not see: where the match is
-        # above 0 nothing is paid, and M is relu(V_match) over a scale of each row's own.
+        # above 0 nothing is paid, below 0 nothing fires: M is relu(V_match) over a scale of each token's own.
         L_gate = -V_match if self.gate_weight is None else F.linear(x, self.gate_weight)
         logits = V_match - mas_normalize(L_gate)
         return logits, mas_normalize(logits)
@@ -193,13 +193,14 @@ class Muon(torch.optim.Optimizer):
             state["rows"].lerp_(update.square().mean(-1, keepdim=True), 1 - ROW_BETA)
             update = update / state["rows"].sqrt().clamp_min(1e-12)
             update = update * (size / update.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-12))
-            # A root mean square of 0.2 is that of AdamW's updates (Liu et al. 2025, arXiv:2502.16982).
+            # An orthogonal (r, c) matrix has a root mean square of 1/√max(r, c): make it 0.2, that of AdamW's
+            # updates (Liu et al. 2025, arXiv:2502.16982).
             update = update * (0.2 * math.sqrt(max(grad.shape[-2:])))
             torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(matrices, list(update), alpha=-group["lr"])
 
 
-# ---- measuring, for the demos of the concept files ----
+# ---- compiling and measuring, for the demos of the concept files and for training ----
 def can_compile(device):
     """Whether torch.compile works here, tried on a tiny function; if not, one line says why. It needs a C++
     compiler, Python's headers, and a cache folder that it may write to and execute from."""

@@ -11,7 +11,7 @@ evaluation split: `solve` alone uses these, after the last answer. The training 
 on, too, unless --heldout keeps them for tuning.
 
 Read from the top: tasks -> batches -> answers -> flags -> files -> training -> comparison -> main.
-Symbols   B batch, T tokens.
+Symbols   B batch, T tokens, c the values of the flags, as `parse` returns them.
 """
 
 import argparse
@@ -139,8 +139,8 @@ def key(grid):
 
 
 def without_leaks(others, asked):
-    """Those of the tasks `others` that share no id, no test input and no set of demonstrations with the
-    `asked` ones: ARC-1 and ARC-2 overlap, and some tasks are in both under different ids."""
+    """Those of the tasks `others` that share no id and no set of demonstrations with the `asked` ones, and
+    show none of the inputs that these ask: ARC-1 and ARC-2 overlap, and some tasks are in both under different ids."""
     def demonstrations(task):
         return frozenset((key(x), key(y)) for x, y in task.train)
 
@@ -187,12 +187,12 @@ def split_by_budget(lengths, budget):
 
 def batches(pairs, c, world=1):
     """Endless (epoch, samples): in an epoch each of its pairs once, in a fresh view and colouring, similar
-    lengths together. Batch number n depends on data, seed and flags, not on the model: every arm sees the same, and
-    so does a resumed run."""
+    lengths together. Batch number n depends on data, seed, flags and number of processes, not on the
+    model: every arm sees the same, and so does a resumed run."""
     for epoch in itertools.count():
         rng, samples = np.random.default_rng((c.seed, epoch)), []
         shown = [pair for n, pair in enumerate(pairs) if (n + epoch) % pair.every == 0]
-        for i in rng.permutation(len(shown)):               # the sort is stable: equal lengths stay shuffled
+        for i in rng.permutation(len(shown)):               # `split_by_budget` keeps the order of equal lengths
             sample = shown[i].views[rng.integers(N_VIEW)]
             table = colour_table(shown[i].free, rng)
             samples.append(sample._replace(tokens=table[sample.tokens]))
@@ -281,6 +281,7 @@ def load_data(c):
     names, pairs, heldout = [], [], []
     for name, task in tasks.items():
         n, free, every = len(names), free_colours(task, c.permute_colours), 1 if name in always else c.repeat
+        # No other task shows an input that is asked for: a task of --data's training split may overlap one.
         shown = [Pair(free, encode_views(n, x, y), every) for x, y in task.train + other_pairs.get(name, [])
                  if fits(x, y, c) and (name in asked or key(x) not in asked_inputs)]
         if shown:
@@ -320,6 +321,7 @@ def propose(model, questions, c, rank):
             table = colour_table(question.free if vote else [], rng)
             jobs += [(test, table, prompt._replace(tokens=table[prompt.tokens])) for prompt in question.prompts]
     # A batch is as wide as its longest prompt and the longest output: prompts of similar lengths go together.
+    # That output is bounded here by c.max_tokens, below by what the batch's shortest prompt leaves of them.
     bounds = [prompt.n_prompt + min(MAX_OUTPUT, c.max_tokens) for _, _, prompt in jobs]
     parts = split_by_budget(bounds, decode_tokens(model))
     proposed = {test: [] for test in questions}
@@ -380,7 +382,7 @@ def write_submission(file, tasks, answers):
 
 def score(answers, tasks):
     """{pass@1, pass@2, solved, tasks}: the ARC Prize's mean over a task's outputs, then over tasks. Answers
-    count, fillers do not, and no answer is wrong. An output that is absent, None, is not asked for."""
+    count, fillers do not; a test without an answer is wrong, one whose output is None is left out."""
     first, either = [], []
     for name, task in tasks.items():
         known = [(y.tolist(), answers.get((name, i), []))
@@ -497,8 +499,8 @@ def flag_parser():
     add("--steps", type=int, default=0, help="training budget in steps, in place of minutes")
     add("--max-tokens", type=int, help="longest pair to train on; longer test pairs count as wrong")
     add("--batch-tokens", type=int, help="tokens per batch over all processes, padding included")
-    add("--lr", type=float, help="peak learning rate of AdamW; on a GPU another under --dense")
-    add("--muon-lr", type=float, help="that of Muon, for the linear maps, likewise; 0: AdamW for all")
+    add("--lr", type=float, help="peak learning rate of AdamW; under --dense some are others")
+    add("--muon-lr", type=float, help="that of Muon, for the linear maps; 0: AdamW for all")
     add("--sars", action="store_true", help="train W_p and W_g by the routing loss of SARS alone")
     # machine
     add("--device", choices=DEVICES, default=DEVICES[0], help="where to run")
@@ -538,7 +540,8 @@ def check(c, saved, world):
 
 def parse(argv, saved={}):
     """The flags' values: given in `argv`, or else `saved` by an earlier run, or else what suits the device."""
-    parser = flag_parser()                  # what stands in the namespace replaces a default, a flag replaces both
+    parser = flag_parser()              # A value in the namespace replaces a default, a flag replaces both.
+    # Parsed twice: first for the device, --dense and whether --minutes is given, which decide the defaults.
     given = parser.parse_args(argv, argparse.Namespace(**saved | {"minutes": None}))
     values = PRESETS[given.device, given.dense] | saved
     if given.minutes is not None:
@@ -582,7 +585,7 @@ def save_checkpoint(c, model, optimizers, state):
 
 # ------------------------------------------------------------------------------------------ training
 LOG_EVERY, SAVE_MINUTES = 50, 5.0           # steps; minutes
-HELDOUT_EVERY = 0.04                        # share of the budget between two looks at the held-out pairs
+LOOK_EVERY = 0.04                           # share of the budget between two looks at the model
 WARMUP, DECAY = 0.02, 0.5                   # shares of the budget
 CLIP, WEIGHT_DECAY = 1.0, 0.1               # the largest gradient norm; the decay of the blocks' matrices
 # These end training after the step. Windows has no SIGHUP.
@@ -602,15 +605,15 @@ def make_optimizers(c, model, compiled):
     """[AdamW] or, with --muon-lr, [AdamW, Muon for the linear maps]. The blocks' matrices decay; embeddings,
     head and vectors do not."""
     matrices = dict.fromkeys(p for p in model.blocks.parameters() if p.ndim == 2)     # a set that keeps its order
-    adamws = set(model.routing_weights()) if c.muon_lr else set(matrices)
-    maps = [p for p in matrices if p not in adamws]
-    groups = [{"params": [p for p in matrices if p in adamws], "weight_decay": WEIGHT_DECAY},
+    by_adamw = set(model.routing_weights()) if c.muon_lr else set(matrices)
+    by_muon = [p for p in matrices if p not in by_adamw]
+    groups = [{"params": [p for p in matrices if p in by_adamw], "weight_decay": WEIGHT_DECAY},
               {"params": [p for p in model.parameters() if p not in matrices], "weight_decay": 0.0}]
     optimizers = [torch.optim.AdamW(groups, c.lr, betas=(0.9, 0.95), fused=True)]
-    if maps:
+    if by_muon:
         orthogonal = torch.compile(orthogonalize) if compiled else orthogonalize
-        shapes = dict.fromkeys(p.shape for p in maps)                       # each once, in their order
-        stacks = [{"params": [p for p in maps if p.shape == shape]} for shape in shapes]
+        shapes = dict.fromkeys(p.shape for p in by_muon)                    # each once, in their order
+        stacks = [{"params": [p for p in by_muon if p.shape == shape]} for shape in shapes]
         optimizers.append(Muon(stacks, c.muon_lr, WEIGHT_DECAY, orthogonal))
     return optimizers
 
@@ -668,7 +671,7 @@ def train(c, model, optimizers, pairs, heldout, state, stop, rank, world):
                ascii=True, dynamic_ncols=True, disable=rank > 0)
     next_look, look, tokens = used, {}, 0                           # tokens since the last line of the log
     logged_at = saved_at = state["seconds"]
-    begin = time.perf_counter() - state["seconds"]                  # pauses, and runs before, left out
+    begin = time.perf_counter() - state["seconds"]                  # the clock less this: seconds of training
     for epoch, batch in itertools.islice(batches(pairs, c, world), state["step"], None):
         if used >= 1 or stopped:
             break
@@ -717,7 +720,7 @@ def train(c, model, optimizers, pairs, heldout, state, stop, rank, world):
             look = evaluate(model, monitored)
             row |= {f"{kind}_{name}": value for name, value in look.items()}
             row["pi"] = pi_score(look["loss"], look["entropy"], row["grad_norm"])
-            next_look = used + HELDOUT_EVERY
+            next_look = used + LOOK_EVERY
         state["log"].append(row)
         if rank == 0:
             save(Path(c.out, "log.csv"), state["log"])
@@ -730,7 +733,7 @@ def train(c, model, optimizers, pairs, heldout, state, stop, rank, world):
         bar.set_postfix_str(f"loss {row['loss']:.3f}{seen_loss}, {speed:.0f} tok/s{share}", refresh=False)
         bar.update(int(100 * min(1, used)) - bar.n)
         tokens, logged_at = 0, state["seconds"]
-        begin = time.perf_counter() - logged_at                     # neither looking nor saving is training
+        begin = time.perf_counter() - state["seconds"]              # neither looking nor saving is training
     bar.close()
     if look:
         print("{} {} pairs: loss {loss:.4f}, {tokens:.1%} of tokens, {grids:.1%} of grids".format(
@@ -771,7 +774,7 @@ def compare(folders):
         runs[seed] = run
     every_run = [run for runs in arms.values() for run in runs.values()]
     seconds = min(run["looks"]["seconds"][-1] for run in every_run)
-    target = max(run["looks"]["heldout_loss"][-1] for run in every_run)     # every run reaches it
+    target = max(run["looks"]["heldout_loss"][-1] for run in every_run)     # the worst end: every run reaches it
     at, to = f"heldout_loss at {seconds:.0f} s", f"to {target:.3f}"
     for run in every_run:
         looks = run["looks"]
@@ -880,7 +883,7 @@ def main(argv):
         for optimizer, tensors in zip(optimizers, state["optimizers"]):
             restore(optimizer, tensors, c.resume)
     state = state or {"names": names, "pairs": digest, "shape": shape, "step": 0, "seconds": 0.0, "log": []}
-    # Killed between its last step and result.json, a run has nothing left to train, but that to write.
+    # Without result.json it is not over: killed after its last step, a run still has that file to write.
     over = c.resume and progress(c, state, [], world)[0] >= 1 and Path(c.resume, "result.json").exists()
     if over and not c.score:
         refuse(f"--resume {c.resume}: its budget is used up; expected more --minutes or --steps")
