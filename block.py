@@ -24,8 +24,9 @@ from spl import SparseProtoLinear, bench, forward_backward
 
 
 class MoIE(nn.Module):
-    """(..., D) -> (..., D): two SPLs around a relu. With `norm` the second one gets a normalized input: an SPL's match
-    shrinks with its input, its cost does not, so where relu leaves little no neuron fires. It lowered no loss."""
+    """(..., D) -> (..., D): two SPLs around a relu. With `norm` the second one's input is normalized: an
+    SPL's match shrinks with its input, its cost does not, so where relu leaves little no neuron fires. It
+    lowered no loss."""
 
     def __init__(self, d_model, d_ffn, norm=False, linear=SparseProtoLinear):
         super().__init__()
@@ -51,7 +52,8 @@ class Block(nn.Module):
     """(B, T, D) -> (B, T, D). ffn_factor = 0 leaves the FFN out; dense=True builds the nn.Linear control;
     tied_gate is SparseProtoLinear's."""
 
-    def __init__(self, d_model, n_head, ffn_factor=0, dense=False, dropout=0.0, moie_norm=False, tied_gate=False):
+    def __init__(self, d_model, n_head, ffn_factor=0, dense=False, dropout=0.0, moie_norm=False,
+                 tied_gate=False):
         super().__init__()
         self.ffn_factor, self.dropout = ffn_factor, dropout
         self.attn_norm = nn.RMSNorm(d_model)

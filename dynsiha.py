@@ -29,15 +29,15 @@ def rotary(pos, h, base=100.0):
     at 30.
     """
     A, pair = pos.shape[-1], torch.arange(h // 2, device=pos.device)
-    axis, n = pair % A, pair // A                                    # of each pair, and its number within the axis
+    axis, n = pair % A, pair // A                                    # of each pair, and its number within it
     frequency = base ** -(2 * A * n / h)
     angle = pos[..., axis] * frequency                               # (B, T, h/2)
     return angle.cos().unsqueeze(1), angle.sin().unsqueeze(1)
 
 
 def rotate(x, cos, sin):
-    """Turns each channel pair (i, i + h/2) of x (B, H, T, h) by its token's angle, so that q·k feels differences
-    of position."""
+    """Turns each channel pair (i, i + h/2) of x (B, H, T, h) by its token's angle, so that q·k feels
+    differences of position."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
 

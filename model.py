@@ -47,7 +47,7 @@ class InputError(ValueError):
     """Bad input. Its text is one line that names the file, the task and the fault."""
 
 
-# ------------------------------------------------------------------------------------------ grids and positions
+# ------------------------------------------------------------------------------------------ grids, positions
 def view_grid(grid, view):
     """One of the 8 dihedral views: transposed from 4 on, then turned by view % 4 quarters. INVERSE[view] is
     the view that undoes it."""
@@ -76,7 +76,7 @@ def encode_prompt(grid):
 
 def pair_tokens(x, y):
     """Length of a pair in its longest view: cells, a <nl> for each row or column, <start>, <sep>, <end>."""
-    newlines = max(np.add(x.shape, y.shape))            # the rows of both grids, or, transposed, their columns
+    newlines = max(np.add(x.shape, y.shape))        # the rows of both grids, or, transposed, their columns
     return x.size + y.size + newlines + 3
 
 
@@ -112,8 +112,8 @@ def collate(samples, device):
 
 
 def advance(token, pos):
-    """The position (row, column, role) of what follows `token` (...,), which itself is at `pos` (..., 3). <start>
-    and the first cell of the input are both at (0, 0, 0)."""
+    """The position (row, column, role) of what follows `token` (...,), which itself is at `pos` (..., 3).
+    <start> and the first cell of the input are both at (0, 0, 0)."""
     row, column, role = pos.unbind(-1)
     opens = (token == START) | (token == SEP)
     row = torch.where(opens, 0, row + (token == NL))
@@ -194,7 +194,7 @@ class Transformer(nn.Module):
         return {name: m for name, m in self.named_modules() if isinstance(m, SparseProtoLinear)}
 
     def routing_weights(self):
-        """W_p and W_g of all SPLs. The blocks' other matrices, W_mu and the weights of nn.Linear, are for Muon."""
+        """W_p and W_g of all SPLs. The blocks' other matrices, W_mu and nn.Linear's weights, are for Muon."""
         weights = [(spl.proto_weight, spl.gate_weight) for spl in self.spls().values()]
         return [p for pair in weights for p in pair if p is not None]
 
@@ -225,8 +225,8 @@ class Transformer(nn.Module):
         return 2 * weights + 4 * T * self.config.d_model * self.config.n_layer
 
     def mfu(self, tokens_per_s, T):
-        """Training FLOPs (3 forwards) as a share of one GPU's bfloat16 peak, at its tokens/s; None on a CPU or
-        unknown GPU."""
+        """Training FLOPs (3 forwards) as a share of one GPU's bfloat16 peak, at its tokens/s; None on a CPU
+        or unknown GPU."""
         name = torch.cuda.get_device_name() if self.head.weight.is_cuda else ""
         peak = next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
         return peak and 3 * self.flops_per_token(T) * tokens_per_s / peak
@@ -236,8 +236,8 @@ class Transformer(nn.Module):
         """Greedy continuation of right-padded prompts, all at once -> (B, N <= max_new), filled with `end`.
 
         tokens (B, P), lengths (B,). A row ends with `end`, or where its grid exceeds `limit` a side. Its new
-        tokens are cached in the slots after P. A key holds its position, as angles, so the order of slots is free:
-        the mask alone says what is read, never the padding. The slots that are read grow by STRIDE.
+        tokens are cached in the slots after P. A key holds its position, as angles, so the order of slots is
+        free: the mask alone says what is read, never the padding. The slots that are read grow by STRIDE.
         With return_logits also the logits (B, N, N_VOCAB) that each token was chosen by.
         """
         (B, P), c, device = tokens.shape, self.config, tokens.device
@@ -250,9 +250,9 @@ class Transformer(nn.Module):
         mask = (torch.arange(size, device=device) < lengths[:, None])[:, None, None]  # (B, 1, 1, size)
         out, all_logits, done = [], [], torch.zeros(B, dtype=torch.bool, device=device)
         for slot in range(P, P + max_new):
-            # A CUDA graph reads the very tensors that it was recorded with, so `now`, `token` and `mask`, of which
-            # `step` has views, are updated in place, and what is kept of a step is a copy. `now` comes first: the
-            # new token's position follows from the last token, which the next line replaces.
+            # A CUDA graph reads the very tensors that it was recorded with, so `now`, `token` and `mask`, of
+            # which `step` has views, are updated in place, and what is kept of a step is a copy. `now` comes
+            # first: the new token's position follows from the last token, which the next line replaces.
             now.copy_(advance(token, now))
             token.copy_(logits.argmax(-1).masked_fill(done, end))
             done = done | (token == end) | (now > limit).any(-1)
@@ -296,7 +296,7 @@ def task_loss(model, tokens, task, view, targets):
 
 def sample_losses(model, tokens, task, view, targets):
     """(B,): the cross-entropy summed over each row's targets, -log of the probability of its output."""
-    logits = model(tokens, task, view).float().transpose(1, 2)                                # (B, N_VOCAB, T)
+    logits = model(tokens, task, view).float().transpose(1, 2)                               # (B, N_VOCAB, T)
     return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none").sum(1)
 
 
@@ -348,13 +348,13 @@ def evaluate(model, batches):
                     sums[f"{kind} {name}"] += (share * real).sum()
                     sums[kind] += (share * real).sum() / len(seen)
     model.train(training)
-    per = {"loss": "scored", "entropy": "scored", "tokens": "scored", "grids": "rows"}      # the others: "real"
+    per = {"loss": "scored", "entropy": "scored", "tokens": "scored", "grids": "rows"}    # the others: "real"
     return {name: float(total / n[per.get(name, "real")]) for name, total in sums.items()}
 
 
 def load_checkpoint(run):
-    """What a run of train_arc.py has saved in its folder, `run`; nothing that it holds is executed. InputError
-    names the file and the fault."""
+    """What a run of train_arc.py has saved in its folder, `run`; nothing that it holds is executed. "shape"
+    has the arguments of Config, "pairs" a digest of the pairs. InputError names the file and the fault."""
     file = Path(run, "checkpoint.pt")
     parts = "flags", "shape", "names", "pairs", "step", "seconds", "log", "model", "optimizers"
     try:
@@ -362,7 +362,7 @@ def load_checkpoint(run):
         Config(**state["shape"])
         return {part: state[part] for part in parts}
     except (OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AttributeError,
-            pickle.UnpicklingError, struct.error) as fault:             # what torch.load raises over broken files
+            pickle.UnpicklingError, struct.error) as fault:         # what torch.load raises over broken files
         reason = str(fault).partition(". ")[0][:200]
         raise InputError(f"{file}: {type(fault).__name__}: {reason}; expected the folder of a run") from None
 
@@ -371,8 +371,9 @@ def restore(target, state, run):
     """Loads `state` of that run into a model or an optimizer; InputError names the run if it does not fit."""
     try:
         target.load_state_dict(state)
-    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as fault:     # of another revision?
-        raise InputError(f"{run}: its checkpoint does not fit: {' '.join(str(fault).split())[:200]}") from None
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as fault:  # another revision's?
+        reason = " ".join(str(fault).split())[:200]
+        raise InputError(f"{run}: its checkpoint does not fit: {reason}") from None
 
 
 # ------------------------------------------------------------------------------------------ demos
@@ -394,9 +395,9 @@ def show_costs():
         trains[name] = partial(train, model)
         decodes[name] = partial(model.generate, tokens, zero + T, zero, zero, new, end=-1, limit=math.inf)
     train_s, decode_s = bench(trains), bench(decodes, seconds=0)
-    print(f"D=128, L=4, gates free, on {device}: a forward and backward pass of {B} x {T} tokens, uncompiled; tokens "
-          f"decoded\nin a second after {B} prompts; each as a share of no FFN's")
-    print(f"{'':10} {'parameters':>11} {'FLOPs/token':>12} {'ms':>7} {'share':>6} {'decoded':>8} {'share':>6}")
+    print(f"D=128, L=4, gates free, {device}: a forward and backward pass of {B} x {T} tokens, uncompiled;\n"
+          f"tokens decoded in a second after {B} prompts; each as a share of no FFN's")
+    print(f"{'':10}{'parameters':>12} {'FLOPs/token':>12} {'ms':>7} {'share':>6} {'decoded':>8} {'share':>6}")
     for name, model in models.items():
         print(f"{name:10} {model.n_params():11} {model.flops_per_token(T):12} {1000 * train_s[name]:7.1f} "
               f"{train_s[name] / train_s['no FFN']:6.2f} {B * new / decode_s[name]:8.0f} "

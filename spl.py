@@ -11,12 +11,12 @@
 
 Symbols   x (..., D_in), Y (..., D_out); mu_weight, proto_weight and gate_weight are W_mu, W_p and W_g,
           each (D_out, D_in) as in nn.Linear.
-Cost      3·D_in·D_out multiply-adds, of which the routing is two thirds; with a tied gate, W_g = −W_p for good,
-          2·D_in·D_out, of which it is half.
+Cost      3·D_in·D_out multiply-adds, of which the routing is two thirds; with a tied gate, W_g = −W_p for
+          good, 2·D_in·D_out, of which it is half.
 Source    SPL is the layer of Tiny-ONN, github.com/dmf-archive/Tiny-ONN; written anew from its equations.
 Copy      this file alone; it needs torch. Use it like nn.Linear, on normalized inputs: cost does not shrink
-          with x as the match does. With one output the mask is 0 or 1 and no routing is learned. For a Hessian
-          take jacrev of jacrev: forward-mode derivatives are not there, since torch.compile refuses them.
+          with x as the match does. With one output the mask is 0 or 1 and no routing is learned. For a
+          Hessian take jacrev of jacrev: forward-mode derivatives are missing, as torch.compile refuses them.
 Train     W_p and W_g by AdamW at a high rate (4e-3), W_mu with them or, better, by Muon, which is below.
 Run       python spl.py
 """
@@ -38,9 +38,9 @@ def mas_reference(z):
 class Peak(torch.autograd.Function):
     """max_j |z_j| over the last axis, kept as one of size 1; the entries that equal it share its gradient.
 
-    Entries within one eps of it count as equal. `amax` compares exactly: where compiled bfloat16 code has rounded
-    one of the two, it finds no such entry and divides 0 by 0. `max` scatters its gradient by index, which makes a
-    compiled SPL of D = 768 about 15% slower on an H100.
+    Entries within one eps of it count as equal. `amax` compares exactly: where compiled bfloat16 code has
+    rounded one of the two, it finds no such entry and divides 0 by 0. `max` scatters its gradient by index,
+    which makes a compiled SPL of D = 768 about 15% slower on an H100.
     """
     generate_vmap_rule = True
 
@@ -77,7 +77,7 @@ def spl_reference(x, mu_weight, mu_bias, proto_weight, gate_weight):
 
 class SparseProtoLinear(nn.Module):
     """Maps (..., in_features) to (..., out_features), with the arguments of nn.Linear: any leading shape, any
-    floating dtype. `bias` is b_mu; the routing has none. A tied gate has no matrix: W_g is −W_p throughout."""
+    floating dtype. `bias` is b_mu; the routing has none. A tied gate has no matrix: W_g is always −W_p."""
 
     def __init__(self, in_features, out_features, bias=True, device=None, dtype=None, tied_gate=False):
         super().__init__()
@@ -93,15 +93,15 @@ class SparseProtoLinear(nn.Module):
     @torch.no_grad()
     def reset_parameters(self):
         bound = 1 / math.sqrt(self.in_features)
-        # The mask stops half of the neurons and shrinks the others, so W_mu starts larger than nn.Linear's weight,
-        # whose standard deviation is 0.58/√D_in.
+        # The mask stops half of the neurons and shrinks the others, so W_mu starts larger than nn.Linear's
+        # weight, whose standard deviation is 0.58/√D_in.
         self.mu_weight.normal_(std=2 * bound)
         if self.mu_bias is not None:
             self.mu_bias.zero_()
         # The prototypes start small, because the learned match must outgrow the random one.
         self.proto_weight.uniform_(-bound, bound)
-        # The gate starts as the opposite of the prototype, costly where that mismatches, plus noise. W_g = 0 sits
-        # on relu's corner and never learns; W_g = −W_p alone charges no neuron that fires, so few of its rows learn.
+        # The gate starts as the opposite of the prototype, costly where that mismatches, plus noise. W_g = 0
+        # sits on relu's corner and never learns; W_g = −W_p charges no neuron that fires, so few rows learn.
         if self.gate_weight is not None:
             self.gate_weight.uniform_(-0.3 * bound, 0.3 * bound).sub_(self.proto_weight)
 
@@ -111,8 +111,8 @@ class SparseProtoLinear(nn.Module):
     def route(self, x):
         """(logits, M), each (..., D_out): the routing alone."""
         V_match = F.linear(x, self.proto_weight / math.sqrt(self.in_features))
-        # With a tied gate L_gate is −V_match but for a factor √D_in, which mas does not see: where the match is
-        # above 0 nothing is paid, below 0 nothing fires: M is relu(V_match) over a scale of each token's own.
+        # With a tied gate L_gate is −V_match but for a factor √D_in, which mas does not see: where the match
+        # is above 0 nothing is paid, below 0 nothing fires. M is relu(V_match) over a scale of each token.
         L_gate = -V_match if self.gate_weight is None else F.linear(x, self.gate_weight)
         logits = V_match - mas_normalize(L_gate)
         return logits, mas_normalize(logits)
@@ -145,7 +145,7 @@ def routing_loss(spl, x, Y_out, real):
     def normalized(z):
         return z / z.sum(-1, keepdim=True).clamp_min(1e-9)     # a smaller guard overflows in its derivative
 
-    def norms(z):                                              # over the real tokens: (..., D_out) -> (D_out,)
+    def norms(z):                                           # over the real tokens: (..., D_out) -> (D_out,)
         return (z.detach().float() * real.unsqueeze(-1)).flatten(0, -2).norm(dim=0)
     M = spl.route(x.detach())[1].float()                       # (..., D_out)
     dY_comp = Y_out.grad * M.detach()                          # Y_out = Y_comp ⊙ M
@@ -171,9 +171,9 @@ def orthogonalize(x):
 
 
 class Muon(torch.optim.Optimizer):
-    """For matrices that are linear maps: momentum made orthogonal (Jordan et al. 2024), its rows brought to one
-    length (NorMuon, Li et al. 2025, arXiv:2510.05491). The matrices of a parameter group have one shape and are
-    taken as one stack; `orthogonal` may be a compiled `orthogonalize`."""
+    """For matrices that are linear maps: momentum made orthogonal (Jordan et al. 2024), its rows brought to
+    one length (NorMuon, Li et al. 2025, arXiv:2510.05491). The matrices of a parameter group have one shape
+    and are taken as one stack; `orthogonal` may be a compiled `orthogonalize`."""
 
     def __init__(self, groups, lr, weight_decay, orthogonal=orthogonalize):
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
@@ -241,8 +241,8 @@ if __name__ == "__main__":
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype, N, calls = (torch.bfloat16, 2**18, 10) if device == "cuda" else (torch.float32, 4096, 1)
     compiles = can_compile(device)
-    print(f"What an SPL with a free gate costs, forward and backward, {N} tokens, {dtype}, {device}; 1 is one\n"
-          "F.linear to 3·D; in the last column the compiled SPL is compared with a dense layer")
+    print(f"What an SPL with a free gate costs, forward and backward, {N} tokens, {dtype}, {device};\n"
+          "1 is one F.linear to 3·D; in the last column the compiled SPL is compared with a dense layer")
     columns = "dense layer", "to 3·D", "formula", "SPL", "compiled"
     print(f"{'D':>5}" + "".join(f"{name:>13}" for name in (*columns, "ms to 3·D", "times dense")))
     for D in (128, 256, 768):
@@ -250,10 +250,12 @@ if __name__ == "__main__":
         dense, triple = (nn.Linear(D, n * D).to(device, dtype) for n in (1, 3))
         spl = SparseProtoLinear(D, D).to(device, dtype)
         weights = spl.mu_weight, spl.mu_bias, spl.proto_weight, spl.gate_weight
-        runs = {"dense layer": dense, "to 3·D": triple, "SPL": spl, "formula": lambda x: spl_reference(x, *weights)[0]}
+        runs = {"dense layer": dense, "to 3·D": triple, "SPL": spl,
+                "formula": lambda x: spl_reference(x, *weights)[0]}
         if compiles:
             runs["compiled"] = torch.compile(spl)
         t = bench({name: forward_backward(layer, x) for name, layer in runs.items()}, calls=calls)
         ratios = "".join(f"{t.get(name, math.nan) / t['to 3·D']:13.2f}" for name in columns)
-        print(f"{D:5}{ratios}{1000 * t['to 3·D']:13.2f}{t.get('compiled', math.nan) / t['dense layer']:13.2f}")
+        times_dense = t.get("compiled", math.nan) / t["dense layer"]
+        print(f"{D:5}{ratios}{1000 * t['to 3·D']:13.2f}{times_dense:13.2f}")
         assert spl(x).shape == x.shape

@@ -40,8 +40,8 @@ from torch import nn
 from tqdm import tqdm
 
 from model import (INVERSE, MAX_OUTPUT, MAX_SIDE, N_VIEW, N_VOCAB, Config, InputError, Transformer, collate,
-                   decode_grid, encode_grid, encode_views, evaluate, load_checkpoint, pair_tokens, pi_score, restore,
-                   sample_losses, task_loss, train_routing, view_grid)
+                   decode_grid, encode_grid, encode_views, evaluate, load_checkpoint, pair_tokens, pi_score,
+                   restore, sample_losses, task_loss, train_routing, view_grid)
 from spl import Muon, can_compile, orthogonalize
 
 
@@ -51,7 +51,7 @@ def refuse(fault):
 
 # ------------------------------------------------------------------------------------------ tasks
 SPLITS = "training", "evaluation", "test"
-Task = namedtuple("Task", "train test")     # demonstrations [(input, output)]; tests [(input, output or None)]
+Task = namedtuple("Task", "train test")    # demonstrations [(input, output)]; tests [(input, output or None)]
 
 
 def read_grid(value):
@@ -59,7 +59,8 @@ def read_grid(value):
     rows = value if isinstance(value, list) else []
     widths = {len(row) if isinstance(row, list) else 0 for row in rows}
     if len(widths) != 1 or 0 in widths or max(widths | {len(rows)}) > MAX_SIDE:
-        raise ValueError(f"{json.dumps(value)[:40]} is no grid; expected rows of one width, 1 to {MAX_SIDE} each way")
+        raise ValueError(f"{json.dumps(value)[:40]} is no grid; expected rows of one width, 1 to {MAX_SIDE} "
+                         "each way")
     for cell in itertools.chain(*rows):
         if type(cell) is not int or not 0 <= cell <= 9:
             raise ValueError(f"a cell is {json.dumps(cell)[:20]}; expected an integer from 0 to 9")
@@ -79,7 +80,7 @@ def read_json(file, kind=dict, expected="an object"):
 
 def read_raw(folder, split):
     """{id: (file, task as JSON)} of one split: Kaggle's one file, or GitHub's folder with a file for each
-    task. Task files without splits, a folder of them such as ConceptARC or a single one, are an evaluation split."""
+    task. Task files without splits, a folder of them or a single one, are an evaluation split."""
     folder, tasks = Path(folder), {}
     if folder.is_file():
         return {folder.stem: (folder, read_json(folder))} if split == "evaluation" else {}
@@ -140,7 +141,7 @@ def key(grid):
 
 def without_leaks(others, asked):
     """Those of the tasks `others` that share no id and no set of demonstrations with the `asked` ones, and
-    show none of the inputs that these ask: ARC-1 and ARC-2 overlap, and some tasks are in both under different ids."""
+    show none of the inputs that these ask: ARC-1 and ARC-2 share tasks, some under different ids."""
     def demonstrations(task):
         return frozenset((key(x), key(y)) for x, y in task.train)
 
@@ -192,7 +193,7 @@ def batches(pairs, c, world=1):
     for epoch in itertools.count():
         rng, samples = np.random.default_rng((c.seed, epoch)), []
         shown = [pair for n, pair in enumerate(pairs) if (n + epoch) % pair.every == 0]
-        for i in rng.permutation(len(shown)):               # `split_by_budget` keeps the order of equal lengths
+        for i in rng.permutation(len(shown)):           # `split_by_budget` keeps the order of equal lengths
             sample = shown[i].views[rng.integers(N_VIEW)]
             table = colour_table(shown[i].free, rng)
             samples.append(sample._replace(tokens=table[sample.tokens]))
@@ -205,16 +206,17 @@ def batches(pairs, c, world=1):
 
 
 def read_extra(path):
-    """({id: Task}, {id: [(input, output), ...]}) of a folder or zip: tasks, as --data takes them, and generated
-    pairs in RE-ARC's layout: tasks/ID.json, each a list of pairs."""
+    """({id: Task}, {id: [(input, output), ...]}) of a folder or zip: tasks, as --data takes them, and
+    generated pairs in RE-ARC's layout: tasks/ID.json, each a list of pairs."""
     if not zipfile.is_zipfile(path):
         return read_extra_folder(Path(path))
     with tempfile.TemporaryDirectory() as unpacked:
         try:
             zipfile.ZipFile(path).extractall(unpacked)
-            sets = {found.parent for name in ("arc-agi_*.json", *SPLITS) for found in Path(unpacked).rglob(name)
-                    if "__MACOSX" not in found.parts}               # a Mac's zip has a shadow of each file there
-            return read_extra_folder(min(sets, default=Path(unpacked)))     # GitHub's is two folders down
+            found = [file for name in ("arc-agi_*.json", *SPLITS) for file in Path(unpacked).rglob(name)]
+            # A Mac's zip has a shadow of each file in __MACOSX; GitHub's tasks are two folders down.
+            sets = {file.parent for file in found if "__MACOSX" not in file.parts}
+            return read_extra_folder(min(sets, default=Path(unpacked)))
         except InputError as fault:                                 # names the zip, not where it was unpacked
             refuse(str(fault).replace(unpacked, str(path)))
         except (zipfile.BadZipFile, zlib.error, ValueError, RuntimeError) as fault:     # broken, or encrypted
@@ -251,8 +253,8 @@ def fits(x, y, c):
 def load_data(c):
     """(ids of the tasks, pairs to train on, held-out samples). No output that is asked for is used.
 
-    Under --heldout the tests of the training split are held out. Generated pairs would spoil those of their own
-    tasks: where there are any, the tests of every second training task alone are held out, and it gets none.
+    Under --heldout the tests of the training split are held out. Generated pairs would spoil those of their
+    own tasks: if there are any, the tests of every second training task alone are held out, and it gets none.
     The pairs of tasks to answer, and of those with held-out tests, which stand for them, are shown in every
     epoch, the others' in every c.repeat-th: so no batch has one pair several times.
     """
@@ -319,7 +321,8 @@ def propose(model, questions, c, rank):
         # Vote 0 keeps the colours; a task without colours to permute has that one alone.
         for vote in range(c.colour_votes if question.free else 1):
             table = colour_table(question.free if vote else [], rng)
-            jobs += [(test, table, prompt._replace(tokens=table[prompt.tokens])) for prompt in question.prompts]
+            jobs += [(test, table, prompt._replace(tokens=table[prompt.tokens]))
+                     for prompt in question.prompts]
     # A batch is as wide as its longest prompt and the longest output: prompts of similar lengths go together.
     # That output is bounded here by c.max_tokens, below by what the batch's shortest prompt leaves of them.
     bounds = [prompt.n_prompt + min(MAX_OUTPUT, c.max_tokens) for _, _, prompt in jobs]
@@ -402,7 +405,7 @@ def draw(title, grid):
 
 
 def solve(c, model, names, rank=0, world=1):
-    """Answers the test inputs of c.split, writes submission.json, scores it -> what result.json says of it."""
+    """Answers the test inputs of c.split, writes submission.json, scores it -> what result.json says of it"""
     model.eval()
     tasks, questions, shortest_output = read_asked(c), {}, np.zeros((1, 1))
     for n, name in enumerate(names):
@@ -410,7 +413,8 @@ def solve(c, model, names, rank=0, world=1):
             continue
         for i, (x, _) in enumerate(tasks[name].test):
             if pair_tokens(x, shortest_output) <= c.max_tokens:
-                questions[name, i] = Question(free_colours(tasks[name], c.permute_colours), encode_views(n, x))
+                free = free_colours(tasks[name], c.permute_colours)
+                questions[name, i] = Question(free, encode_views(n, x))
     mine = dict(list(questions.items())[rank::world])
     with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
         answers = rank_outputs(model, mine, propose(model, mine, c, rank), rank)
@@ -423,16 +427,17 @@ def solve(c, model, names, rank=0, world=1):
     file = Path(c.out, "submission.json")
     write_submission(file, tasks, answers)
 
-    tasks = read_tasks(c.data, c.split, solved=True)                        # here alone, after the last answer
+    tasks = read_tasks(c.data, c.split, solved=True)                    # here alone, after the last answer
     for name, i in list(questions)[:c.show]:
         x, y = tasks[name].test[i]
         draw(f"{name} test {i}: input", x)
         for grid in answers[name, i][:2] or [[["none"]]]:
-            draw("attempt" if y is None else "attempt, right" if grid == y.tolist() else "attempt, wrong", grid)
+            verdict = "" if y is None else ", right" if grid == y.tolist() else ", wrong"
+            draw("attempt" + verdict, grid)
         draw("output", [["unknown"]] if y is None else y)
     result, n_asked = score(answers, tasks), sum(len(task.test) for task in tasks.values())
-    print(f"{len(questions)} of {n_asked} test inputs were short enough and of a task that the model was trained "
-          f"on, {sum(map(bool, answers.values()))} got an answer; see {file}")
+    print(f"{len(questions)} of {n_asked} test inputs were short enough and of a task that the model was "
+          f"trained on, {sum(map(bool, answers.values()))} got an answer; see {file}")
     if result:
         print("{}: pass@1 {pass@1:.2%}, pass@2 {pass@2:.2%} (mean over a task's test outputs, then over the "
               "{tasks} tasks), {solved} tasks solved whole".format(c.split, **result))
@@ -454,8 +459,8 @@ CPU_DENSE = CPU | dict(ffn_factor=4, tied_gate=False, muon_lr=2.5e-3)
 CUDA_DENSE = CUDA | dict(ffn_factor=4, tied_gate=False, lr=1e-3, muon_lr=1e-3)
 PRESETS = {("cpu", False): CPU, ("cpu", True): CPU_DENSE, ("cuda", False): CUDA, ("cuda", True): CUDA_DENSE}
 # The least value of each number; none may reach a billion.
-LEAST = dict(ffn_factor=0, d_model=2, n_head=1, n_layer=1, dropout=0, repeat=1, colour_votes=1, show=0, seed=0,
-             minutes=0.01, steps=0, max_tokens=5, batch_tokens=5, lr=1e-7, muon_lr=0, generated=0)
+LEAST = dict(ffn_factor=0, d_model=2, n_head=1, n_layer=1, dropout=0, repeat=1, colour_votes=1, show=0,
+             seed=0, minutes=0.01, steps=0, max_tokens=5, batch_tokens=5, lr=1e-7, muon_lr=0, generated=0)
 # The flags that shape a model
 SHAPE = "d_model", "n_head", "n_layer", "ffn_factor", "moie_norm", "tied_gate", "dense"
 
@@ -467,7 +472,7 @@ def flag_parser():
     parser.error, add, switch = refuse, parser.add_argument, argparse.BooleanOptionalAction
     begin = parser.add_mutually_exclusive_group().add_argument
     begin("--resume", metavar="DIR", help="go on with the run in DIR, under its flags; one given anew counts")
-    begin("--eval", metavar="DIR", help="answer and score with that run's checkpoint, under its flags likewise")
+    begin("--eval", metavar="DIR", help="answer and score with that run's checkpoint, likewise")
     begin("--init", metavar="DIR", help="begin with the weights of that run, for tasks that it has not seen")
     add("--compare", metavar="DIR", nargs="+", help="print a table of finished runs")
     # model
@@ -539,7 +544,7 @@ def check(c, saved, world):
 
 
 def parse(argv, saved={}):
-    """The flags' values: given in `argv`, or else `saved` by an earlier run, or else what suits the device."""
+    """The flags' values: given in `argv`, else `saved` by an earlier run, else what suits the device."""
     parser = flag_parser()              # A value in the namespace replaces a default, a flag replaces both.
     # Parsed twice: first for the device, --dense and whether --minutes is given, which decide the defaults.
     given = parser.parse_args(argv, argparse.Namespace(**saved | {"minutes": None}))
@@ -604,7 +609,7 @@ def rate(used):
 def make_optimizers(c, model, compiled):
     """[AdamW] or, with --muon-lr, [AdamW, Muon for the linear maps]. The blocks' matrices decay; embeddings,
     head and vectors do not."""
-    matrices = dict.fromkeys(p for p in model.blocks.parameters() if p.ndim == 2)     # a set that keeps its order
+    matrices = dict.fromkeys(p for p in model.blocks.parameters() if p.ndim == 2)   # a set that keeps order
     by_adamw = set(model.routing_weights()) if c.muon_lr else set(matrices)
     by_muon = [p for p in matrices if p not in by_adamw]
     groups = [{"params": [p for p in matrices if p in by_adamw], "weight_decay": WEIGHT_DECAY},
@@ -652,8 +657,8 @@ def progress(c, state, stop, world):
 
 
 def monitored_batches(pairs, heldout, c):
-    """("heldout", the batches of the held-out pairs) or, where there are none, ("trained", one batch of `pairs`):
-    what the model is looked at with during training, and what the columns of the log begin with."""
+    """("heldout", the batches of the held-out pairs) or, where there are none, ("trained", one batch of
+    `pairs`): what the columns of the log begin with, and what the model is looked at with during training."""
     kind, samples = ("heldout", heldout) if heldout else ("trained", next(batches(pairs, c))[1])
     parts = split_by_budget([len(sample.tokens) for sample in samples], c.batch_tokens)
     return kind, [collate([samples[i] for i in part], c.device) for part in parts]
@@ -664,7 +669,7 @@ def train(c, model, optimizers, pairs, heldout, state, stop, rank, world):
     save_checkpoint saves it, is kept up to date: step, seconds of training, log."""
     kind, monitored = monitored_batches(pairs, heldout, c)
     net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    routing_weights = set(model.routing_weights()) if c.sars else set()     # these learn from a loss of their own
+    routing_weights = set(model.routing_weights()) if c.sars else set()     # these learn from another loss
     task_weights = [p for p in model.parameters() if p not in routing_weights]
     used, stopped = progress(c, state, stop, world)
     bar = tqdm(total=100, initial=int(100 * used), bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}",
@@ -706,8 +711,8 @@ def train(c, model, optimizers, pairs, heldout, state, stop, rank, world):
 
         # once in a while: log, look, save
         if not norm.isfinite():
-            refuse(f"step {state['step']}: loss {loss.item():g}, gradient norm {norm.item():g}, learning rate "
-                   f"{c.lr * factor:.2g}; a lower --lr may help; the last checkpoint is kept")
+            refuse(f"step {state['step']}: loss {loss.item():g}, gradient norm {norm.item():g}, learning "
+                   f"rate {c.lr * factor:.2g}; a lower --lr may help; the last checkpoint is kept")
         if world > 1:
             dist.all_reduce(loss)
         state["seconds"] = time.perf_counter() - begin              # `isfinite` has waited for the GPU
@@ -756,8 +761,9 @@ def interval(gaps):
 
 
 def compare(folders):
-    """Prints a Markdown table of finished runs: a column for each arm, which is a folder's name up to "-seed",
-    mean +- standard deviation; of what is learned also the difference from the first arm, paired by seed."""
+    """Prints a Markdown table of finished runs: a column for each arm, which is a folder's name up to
+    "-seed", mean +- standard deviation; of what is learned also the difference from the first arm, paired by
+    seed."""
     arms = {}
     for folder in map(Path, folders):
         try:
@@ -774,7 +780,7 @@ def compare(folders):
         runs[seed] = run
     every_run = [run for runs in arms.values() for run in runs.values()]
     seconds = min(run["looks"]["seconds"][-1] for run in every_run)
-    target = max(run["looks"]["heldout_loss"][-1] for run in every_run)     # the worst end: every run reaches it
+    target = max(run["looks"]["heldout_loss"][-1] for run in every_run)     # the worst, which all runs reach
     at, to = f"heldout_loss at {seconds:.0f} s", f"to {target:.3f}"
     for run in every_run:
         looks = run["looks"]
@@ -837,7 +843,7 @@ def make_folder(c, argv, flags):
 
 
 def read_start(given):
-    """(checkpoint of the run that --resume, --eval or --init names, or None; the flags' values that it brings)."""
+    """(checkpoint of the run that --resume, --eval or --init names, or None; the flags' values it brings)."""
     run = given.get("resume") or given.get("eval") or given.get("init")
     if not run:
         return None, {}
@@ -865,7 +871,7 @@ def main(argv):
         refuse(f"--data {c.data}: no task that the model was trained on; --init answers new ones")
     known = set(names) & set(checkpoint["names"]) if c.init else None
     if known:
-        refuse(f"--init {c.init}: trained on task {min(known)}, perhaps on its tests; expected new tasks alone")
+        refuse(f"--init {c.init}: trained on task {min(known)}, perhaps on its tests; expected new tasks")
     if not c.eval and sum(pair.every == 1 for pair in pairs) < world:
         refuse(f"--data {c.data}: fewer pairs in an epoch than the {world} processes")
     content = b"".join(b"%d " % pair.every + pair.views[0].tokens.tobytes() for pair in pairs)
