@@ -195,8 +195,7 @@ class Transformer(nn.Module):
 
     def routing_weights(self):
         """W_p and W_g of all SPLs. The blocks' other matrices, W_mu and nn.Linear's weights, are for Muon."""
-        weights = [(spl.proto_weight, spl.gate_weight) for spl in self.spls().values()]
-        return [p for pair in weights for p in pair if p is not None]
+        return [p for name, p in self.named_parameters() if name.endswith(("proto_weight", "gate_weight"))]
 
     @contextmanager
     def watch(self):

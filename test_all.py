@@ -63,9 +63,9 @@ def weights(layer):
     return layer.mu_weight, mu_bias, layer.proto_weight, gate_weight
 
 
-def line(B, T, device="cpu"):
+def line(B, T):
     """Positions 0..T-1 on one axis, (B, T, 1)."""
-    return torch.arange(T, device=device).expand(B, T)[..., None]
+    return torch.arange(T).expand(B, T)[..., None]
 
 
 def small_model(**options):
@@ -77,23 +77,25 @@ def small_model(**options):
     return model
 
 
+def put(text, folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
 def write_set(folder, tasks, github=False):
     """tasks {split: {id: (train pairs, test pairs)}} on disk, as Kaggle has them or as GitHub has."""
     for split, entries in tasks.items():
         challenges, solutions = {}, {}
-        for name, (train_pairs, test_pairs) in entries.items():
-            solutions[name] = [y for _, y in test_pairs]
-            challenges[name] = {"train": [{"input": x, "output": y} for x, y in train_pairs],
-                                "test": [{"input": x} for x, _ in test_pairs]}
+        for name, parts in entries.items():
+            shown, asked = ([{"input": x, "output": y} for x, y in part] for part in parts)
+            challenges[name] = {"train": shown, "test": [{"input": pair["input"]} for pair in asked]}
+            solutions[name] = [pair["output"] for pair in asked]
             if github:
-                (folder / split).mkdir(parents=True, exist_ok=True)
-                for pair, output in zip(challenges[name]["test"], solutions[name]):
-                    pair["output"] = output
-                (folder / split / f"{name}.json").write_text(json.dumps(challenges[name] | {"name": name}))
+                put(json.dumps({"train": shown, "test": asked, "name": name}), folder, f"{split}/{name}.json")
         if not github:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"arc-agi_{split}_challenges.json").write_text(json.dumps(challenges))
-            (folder / f"arc-agi_{split}_solutions.json").write_text(json.dumps(solutions))
+            put(json.dumps(challenges), folder, f"arc-agi_{split}_challenges.json")
+            put(json.dumps(solutions), folder, f"arc-agi_{split}_solutions.json")
     return folder
 
 
@@ -209,13 +211,14 @@ def test_an_spl_is_built_copied_and_exported_as_nn_linear_is():
 
 def test_an_spl_passes_gradcheck_twice_and_torch_func_differentiates_it_as_the_literal_formula():
     layer, x = random_spl(4, 5), torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
-    params = dict(zip(("mu_weight", "mu_bias", "proto_weight", "gate_weight"), weights(layer)))
+    names = "mu_weight", "mu_bias", "proto_weight", "gate_weight"
 
     def ours(x, *values):
-        return torch.func.functional_call(layer, dict(zip(params, values)), (x,))
-    each = [torch.func.vmap(torch.func.jacrev(f, (0, 1, 2, 3, 4)), (0, None, None, None, None))(x, *weights(layer))
-            for f in (ours, lambda *values: spl_reference(*values)[0])]
-    torch.testing.assert_close(*each)
+        return torch.func.functional_call(layer, dict(zip(names, values)), (x,))
+
+    def derivatives(f):
+        return torch.func.vmap(torch.func.jacrev(f, (0, 1, 2, 3, 4)), (0, None, None, None, None))(x, *weights(layer))
+    torch.testing.assert_close(derivatives(ours), derivatives(lambda *values: spl_reference(*values)[0]))
     assert torch.autograd.gradcheck(ours, (x, *weights(layer)))
     assert torch.autograd.gradgradcheck(ours, (x, *weights(layer)))
 
@@ -573,12 +576,6 @@ def made(*numbers):
     return [([[n // 10, n % 10]], [[n % 10], [n // 10]]) for n in numbers]
 
 
-def put(text, folder, *names):
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text)
-
-
 def spelled(sample):
     """The (input, output) that the tokens of a Sample spell, turned back, as lists."""
     parts = sample.tokens[1:sample.n_prompt - 1], sample.tokens[sample.n_prompt:]
@@ -771,7 +768,8 @@ def test_an_epoch_shows_each_pair_once_in_any_view_and_colouring_and_its_batches
             assert len(set(zip(true, shown))) == len(set(true)) == len(set(shown)) and 0 not in shown
             seen.append((sample.task, sample.view, *shown))
     assert all(sorted(sample.task for batch in epoch for sample in batch) == [*range(n)] for epoch in plan)
-    assert min(Counter(view for i, view, *_ in seen if i == 1)[view] for view in range(8)) > 8
+    views = Counter(view for i, view, *_ in seen if i == 1)
+    assert len(views) == 8 and min(views.values()) > 8
     colourings = [len({tuple(shown) for i, _, *shown in seen if i == task}) for task in (1, 3)]
     assert colourings[0] > 190 and colourings[1] == 1                   # the colours of the last are not free
 
@@ -880,7 +878,7 @@ def test_the_two_likeliest_outputs_are_submitted_and_scored_and_fillers_submitte
         "pass@1": pytest.approx(3.5 / 9), "pass@2": pytest.approx(4.5 / 9), "solved": 4, "tasks": 9}
     assert train_arc.score({}, {"not asked": tasks["not asked"]}) == {}
     train_arc.write_submission(tmp_path / "submission.json", tasks, answers)
-    submission = json.loads((tmp_path / "submission.json").read_text())
+    submission = train_arc.read_json(tmp_path / "submission.json")
     assert submission.keys() == tasks.keys() and submission["third"] == [{"attempt_1": B, "attempt_2": C}]
     assert submission["half"] == [{"attempt_1": FILLER, "attempt_2": FILLER}, {"attempt_1": A, "attempt_2": FILLER}]
 
@@ -902,7 +900,7 @@ def test_untried_tasks_are_wrong_and_unknown_outputs_do_not_count(tmp_path, caps
     scores = {"pass@1": 1 / tasks, "pass@2": 1 / tasks, "solved": 1, "tasks": tasks} if tasks else {}
     assert result == scores | {"tried": 2} and model.modes == {False}   # no dropout
     assert Counter(asked[:2] for asked in model.asked) == {(n, view): 1 for n in (1, 2) for view in range(8)}
-    submission = json.loads((tmp_path / "submission.json").read_text())
+    submission = train_arc.read_json(tmp_path / "submission.json")
     assert [submission[name][0]["attempt_1"] for name in entries] == [[[1, 2]], [[3, 4]], FILLER]
     mark = ", right" if scores else ""                                  # an output that is unknown gives none
     assert f"right test 0: input\n1 2\nattempt{mark}\n1 2\noutput\n" in shown and "wrong test 0: input" in shown
@@ -993,7 +991,7 @@ def test_outputs_that_are_asked_for_reach_neither_training_nor_answers(tmp_path,
     assert equal(*(train_arc.load_checkpoint(tmp_path / run)["model"] for run in "ab"))
     a, b = (read_log(tmp_path / run) for run in "ab")
     assert all(np.array_equal(a[name], b[name], True) for name in a.dtype.names[7:])
-    a, b = (json.loads((tmp_path / run / "submission.json").read_text()) for run in "ab")
+    a, b = (train_arc.read_json(tmp_path / run / "submission.json") for run in "ab")
     assert a == b and a["mirror"][0]["attempt_1"] != [[0]]              # an answer, not the filler
 
 
@@ -1036,13 +1034,13 @@ def test_a_stopped_run_goes_on_to_the_same_weights_and_with_nothing_else(tmp_pat
         with pytest.raises(InputError, match=fault):
             resume(out, word, value)
     assert equal(resume(out, "--data", data.rename(tmp_path / "moved")), whole)
-    begun = json.loads((out / "config.json").read_text())["begun"]
+    begun = train_arc.read_json(out / "config.json")["begun"]
     assert [run["command"][0] for run in begun] == [SMALL[0], "--resume"]
     with pytest.raises(InputError, match="its budget is used up"):
         resume(out)
-    result = json.loads((out / "result.json").read_text())
+    result = train_arc.read_json(out / "result.json")
     (out / "result.json").unlink()                              # as if killed after the last step
-    assert equal(resume(out), whole) and json.loads((out / "result.json").read_text()) == result
+    assert equal(resume(out), whole) and train_arc.read_json(out / "result.json") == result
     assert parse(["--minutes", "5"], {"steps": 12}).steps == 0                          # another budget, given anew
     assert read_log(out)["step"].tolist() == sorted({5, 10, 12, at})        # each once, the last as well
 
@@ -1050,7 +1048,8 @@ def test_a_stopped_run_goes_on_to_the_same_weights_and_with_nothing_else(tmp_pat
 def test_held_out_pairs_are_looked_at_about_25_times_and_at_the_end(tmp_path, monkeypatch):
     monkeypatch.setattr(train_arc, "LOG_EVERY", 1)
     train(one_task_set(tmp_path / "data"), tmp_path / "out", "--steps", 100, "--no-score")
-    looks = read_log(tmp_path / "out")["step"][np.isfinite(read_log(tmp_path / "out")["heldout_loss"])]
+    log = read_log(tmp_path / "out")
+    looks = log["step"][np.isfinite(log["heldout_loss"])]
     assert 20 <= len(looks) <= 30 and looks[-1] == 100 and np.diff(looks).max() <= 5
 
 
@@ -1089,7 +1088,7 @@ def test_the_result_is_on_disk_before_the_answers_and_not_while_the_run_goes_on(
     monkeypatch.setattr(train_arc, "solve", lambda *_: train_arc.refuse("no answers today"))
     with pytest.raises(InputError, match="no answers today"):
         train(one_task_set(tmp_path / "data"), out, "--steps", 12)
-    assert json.loads((out / "result.json").read_text())["steps"] == 12
+    assert train_arc.read_json(out / "result.json")["steps"] == 12
     signal_in_step(monkeypatch, 2)
     resume(out, "--steps", 16, "--no-score", "--lr", "1e-4")
     assert read_log(out)["lr"][-1] == pytest.approx(1e-4 * 3 / 8)           # step 14 of 16
@@ -1166,8 +1165,8 @@ def test_a_new_run_begins_with_all_weights_of_another_but_its_tasks(learnt, tmp_
     for name, weight in new["model"].items():
         torch.testing.assert_close(weight, old["model"][name], atol=1e-6, rtol=0)
     assert train_arc.read_start({"init": learnt[1]})[1]["extra"] == []    # on a GPU, too
-    train_arc.main(["--resume", str(tmp_path / "out"), "--steps", "2"])           # from here a run like any other
-    assert train_arc.load_checkpoint(tmp_path / "out")["step"] == 2
+    resume(tmp_path / "out", "--steps", 2)                              # from here a run like any other
+    assert saved_step(tmp_path / "out") == 2
     train_arc.main(["--eval", str(tmp_path / "out"), "--out", str(tmp_path / "answers")])
     assert (tmp_path / "answers" / "submission.json").exists()
     with pytest.raises(InputError, match="--d-model 64: the checkpoint's model has 32"):
@@ -1184,9 +1183,9 @@ def test_a_model_that_overfits_one_task_answers_exactly_and_again_with_one_proce
     train_arc.main([*words, str(tmp_path / "one")])
     run = script(*words, tmp_path / "two", launcher=TORCHRUN)
     assert run.returncode == 0, run.stderr
-    solution = json.loads((data / "arc-agi_evaluation_solutions.json").read_text())["0d3d703e"]
+    solution = train_arc.read_json(data / "arc-agi_evaluation_solutions.json")["0d3d703e"]
     for folder in (out, tmp_path / "one", tmp_path / "two"):
-        submission, result = (json.loads((folder / file).read_text()) for file in ("submission.json", "result.json"))
+        submission, result = (train_arc.read_json(folder / file) for file in ("submission.json", "result.json"))
         assert [entry["attempt_1"] for entry in submission["0d3d703e"]] == solution
         assert result["pass@1"] == result["solved"] == 1 and result["tried"] == 2
         assert (folder / "submission.json").read_bytes() == (out / "submission.json").read_bytes()
@@ -1306,12 +1305,11 @@ def test_all_processes_take_the_clock_and_the_stop_of_the_first(monkeypatch):
 
 def finished_run(folder, seed, losses):
     """A folder as a run leaves it: a look at the held-out pairs every 10 s, a line without one in between."""
-    folder.mkdir(parents=True)
     lines = [f"{n},{10 * n},{2 * loss},{loss}\n{n},{10 * n + 5},{3 * loss},\n" for n, loss in enumerate(losses, 1)]
-    (folder / "log.csv").write_text("step,seconds,loss,heldout_loss\n" + "".join(lines))
-    (folder / "config.json").write_text(json.dumps({"seed": seed}))
+    put("step,seconds,loss,heldout_loss\n" + "".join(lines), folder, "log.csv")
+    put(json.dumps({"seed": seed}), folder, "config.json")
     result = {"heldout_loss": losses[-1], "heldout_grids": 0.25, "parameters": 100, "steps": 50, "seconds": 120}
-    (folder / "result.json").write_text(json.dumps(result | {"pass@2": seed / 10}))
+    put(json.dumps(result | {"pass@2": seed / 10}), folder, "result.json")
 
 
 def test_the_comparison_prints_means_deviations_and_the_paired_difference(tmp_path, capsys):
@@ -1332,14 +1330,12 @@ def test_the_comparison_prints_means_deviations_and_the_paired_difference(tmp_pa
     assert gaps == [f"-0.0500 +- {4.30 * 0.05 / math.sqrt(3):.4f}", "+0.0000 +- 0.0000",
                     f"-0.1500 +- {4.30 * 0.15 / math.sqrt(3):.4f}"]
     finished_run(tmp_path / "again" / "a-seed0", 0, [0.5])
-    finished_run(tmp_path / "short-seed0", 0, [0.5])
-    log = tmp_path / "short-seed0" / "log.csv"
-    log.write_text("\n".join(log.read_text().split("\n")[:2]))             # a run so short that it has one line
-    train_arc.main(["--compare", str(tmp_path / "short-seed0")])
-    config = tmp_path / "short-seed0" / "config.json"
-    config.write_text(config.read_text().replace('"seed"', '"other"'))
+    finished_run(short := tmp_path / "short-seed0", 0, [0.5])
+    put("step,seconds,loss,heldout_loss\n1,10,1,0.5", short, "log.csv")     # so short that it has one line
+    train_arc.main(["--compare", str(short)])
+    put("{}", short, "config.json")
     with pytest.raises(InputError, match="short-seed0: not a finished run with held-out pairs: 'seed'"):
-        train_arc.main(["--compare", str(tmp_path / "short-seed0")])
+        train_arc.main(["--compare", str(short)])
     with pytest.raises(InputError, match="again.*a second run of this arm with seed 0"):
         train_arc.main(["--compare", str(tmp_path / "a-seed0"), str(tmp_path / "again" / "a-seed0")])
 

@@ -145,13 +145,11 @@ def without_leaks(others, asked):
     def demonstrations(task):
         return frozenset((key(x), key(y)) for x, y in task.train)
 
-    def leaks(name, task):
-        return (name in asked or demonstrations(task) in asked_demonstrations
-                or any(key(x) in asked_inputs for x, _ in task.train + task.test))
-
     asked_demonstrations = {demonstrations(task) for task in asked.values()}
     asked_inputs = {key(x) for task in asked.values() for x, _ in task.test}
-    return {name: task for name, task in others.items() if not leaks(name, task)}
+    return {name: task for name, task in others.items()
+            if name not in asked and demonstrations(task) not in asked_demonstrations
+            and asked_inputs.isdisjoint(key(x) for x, _ in task.train + task.test)}
 
 
 # ------------------------------------------------------------------------------------------ batches
@@ -282,7 +280,8 @@ def load_data(c):
 
     names, pairs, heldout = [], [], []
     for name, task in tasks.items():
-        n, free, every = len(names), free_colours(task, c.permute_colours), 1 if name in always else c.repeat
+        n, free = len(names), free_colours(task, c.permute_colours)
+        every = 1 if name in always else c.repeat
         # No other task shows an input that is asked for: a task of --data's training split may overlap one.
         shown = [Pair(free, encode_views(n, x, y), every) for x, y in task.train + other_pairs.get(name, [])
                  if fits(x, y, c) and (name in asked or key(x) not in asked_inputs)]
@@ -412,7 +411,7 @@ def solve(c, model, names, rank=0, world=1):
         if name not in tasks:
             continue
         for i, (x, _) in enumerate(tasks[name].test):
-            if pair_tokens(x, shortest_output) <= c.max_tokens:
+            if fits(x, shortest_output, c):
                 free = free_colours(tasks[name], c.permute_colours)
                 questions[name, i] = Question(free, encode_views(n, x))
     mine = dict(list(questions.items())[rank::world])
@@ -597,15 +596,6 @@ CLIP, WEIGHT_DECAY = 1.0, 0.1               # the largest gradient norm; the dec
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
-def rate(used):
-    """Learning-rate factor when `used` of the budget is gone: linear up, constant, linear down to 0."""
-    if used < WARMUP:
-        return used / WARMUP
-    if used > 1 - DECAY:
-        return max(0.0, 1 - used) / DECAY
-    return 1.0
-
-
 def make_optimizers(c, model, compiled):
     """[AdamW] or, with --muon-lr, [AdamW, Muon for the linear maps]. The blocks' matrices decay; embeddings,
     head and vectors do not."""
@@ -682,7 +672,7 @@ def train(c, model, optimizers, pairs, heldout, state, stop, rank, world):
             break
 
         # ---- the step
-        factor = rate(used)
+        factor = min(1.0, used / WARMUP, (1 - used) / DECAY)        # up, constant, down to 0
         for optimizer, peak in zip(optimizers, (c.lr, c.muon_lr)):
             for group in optimizer.param_groups:
                 group["lr"] = peak * factor
@@ -801,8 +791,8 @@ def compare(folders):
             values = [run[name] for run in runs.values() if name in run]
             spread = f" +- {np.std(values, ddof=1):.2g}" if len(values) > 1 else ""
             cells.append(f"{np.mean(values):.4g}{spread}" if values else "-")
-            pairs = [(runs[seed], arms[first][seed]) for seed in runs if seed in arms[first] and arm != first]
-            gaps.append([run[name] - other[name] for run, other in pairs if name in learned])
+            paired = [seed for seed in runs if name in learned and arm != first and seed in arms[first]]
+            gaps.append([runs[seed][name] - arms[first][seed][name] for seed in paired])
         print_row(name, cells)
         if name in learned:
             print_row(f"minus {first}, paired by seed, 95%", map(interval, gaps))
@@ -867,7 +857,7 @@ def main(argv):
 
     # the data, and the model of the checkpoint or a new one
     names, pairs, heldout = (state["names"], [], []) if c.eval else load_data(c)
-    if c.eval and not set(names) & read_asked(c).keys():
+    if c.eval and read_asked(c).keys().isdisjoint(names):
         refuse(f"--data {c.data}: no task that the model was trained on; --init answers new ones")
     known = set(names) & set(checkpoint["names"]) if c.init else None
     if known:
@@ -876,8 +866,9 @@ def main(argv):
         refuse(f"--data {c.data}: fewer pairs in an epoch than the {world} processes")
     content = b"".join(b"%d " % pair.every + pair.views[0].tokens.tobytes() for pair in pairs)
     digest = hashlib.sha256(content).hexdigest()
-    shape = state["shape"] if state else {"n_task": len(names)} | {name: vars(c)[name] for name in SHAPE}
-    model = Transformer(Config(**shape, dropout=c.dropout, dtype=c.dtype)).to(c.device)
+    shape = {"n_task": len(names)} | {name: vars(c)[name] for name in SHAPE}
+    state = state or {"names": names, "pairs": digest, "shape": shape, "step": 0, "seconds": 0.0, "log": []}
+    model = Transformer(Config(**state["shape"], dropout=c.dropout, dtype=c.dtype)).to(c.device)
     compiled = c.compile and not c.eval and can_compile(c.device)
     optimizers = make_optimizers(c, model, compiled)
     if checkpoint:
@@ -888,7 +879,6 @@ def main(argv):
             refuse(f"{c.data} {' '.join(c.extra)}: other pairs than those that the run was trained on")
         for optimizer, tensors in zip(optimizers, state["optimizers"]):
             restore(optimizer, tensors, c.resume)
-    state = state or {"names": names, "pairs": digest, "shape": shape, "step": 0, "seconds": 0.0, "log": []}
     # Without result.json it is not over: killed after its last step, a run still has that file to write.
     over = c.resume and progress(c, state, [], world)[0] >= 1 and Path(c.resume, "result.json").exists()
     if over and not c.score:
